@@ -1,0 +1,58 @@
+"""The door: find the command's file, hand it the arguments, turn the end into an exit code.
+
+Nothing heavy is imported before a command runs, so that `finetune --help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from finetune import __version__, registry
+from finetune.errors import FinetuneError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0 done, 2 the user's mistake, 130 interrupted.
+
+    argparse itself exits, with 0 after --help and 2 for arguments it does not know. Any other exception is
+    our mistake: it passes through, and Python prints the traceback and exits with 1."""
+    try:
+        code = _run(sys.argv[1:] if arguments is None else list(arguments))
+        sys.stdout.flush()
+        return code
+    except FinetuneError as error:
+        if os.environ.get("RANK", "0") == "0":      # every process finds the same mistake; one says it
+            print(f"finetune: error\n{error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("finetune: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. Python would flush stdout at exit and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="finetune", usage="finetune COMMAND …", epilog=_commands(),
+        description="Fine-tune Stable Diffusion models from a short recipe.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"finetune {__version__}")
+    parser.add_argument("command", metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="`finetune COMMAND --help` lists them")
+    chosen = parser.parse_args(arguments or ["--help"])
+
+    command = registry.find("commands", chosen.command)
+    of_command = argparse.ArgumentParser(
+        prog=f"finetune {chosen.command}", description=registry.summary("commands", chosen.command))
+    command.add_arguments(of_command)
+    return command.run(of_command.parse_args(chosen.arguments))
+
+
+def _commands() -> str:
+    names = registry.names("commands")
+    width = max(map(len, names))
+    lines = [f"  {name:<{width}}  {registry.summary('commands', name)}" for name in names]
+    return "\n".join(["commands:", *lines])

@@ -1,0 +1,40 @@
+"""List the recipes that come with the toolkit, or copy one to start from."""
+
+from pathlib import Path
+
+
+def add_arguments(parser) -> None:
+    """Declare the command's arguments."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="without an action the recipes are listed")
+    copy = actions.add_parser("copy", help="copy a recipe; an existing file is never overwritten")
+    copy.add_argument("name", metavar="NAME", help="a recipe from the list")
+    copy.add_argument("--to", type=Path, metavar="PATH", help="a file or a folder; NAME.yaml here by default")
+
+
+def run(args) -> int:
+    """List or copy. FinetuneError for an unknown name and for a target that exists or cannot be written."""
+    from finetune.recipe import shipped
+
+    if args.action == "copy":
+        print(copy_to(shipped.find(args.name), args.to))
+        return 0
+    for path in shipped.paths():
+        print("\n".join([path.stem, *(f"    {line}" for line in shipped.header(path))]))
+    return 0
+
+
+def copy_to(recipe: Path, to: Path | None) -> Path:
+    """Copy a recipe file and return where it went."""
+    from finetune.errors import FinetuneError
+
+    target = to or Path(recipe.name)
+    if target.is_dir():
+        target = target / recipe.name
+    try:
+        with open(target, "xb") as file:
+            file.write(recipe.read_bytes())
+    except FileExistsError:
+        raise FinetuneError(f"{target}: exists and is not overwritten; choose another with --to") from None
+    except OSError as error:
+        raise FinetuneError(f"{target}: cannot be written: {error.strerror}") from None
+    return target

@@ -1,0 +1,39 @@
+"""What the machine can do: the only file that asks about CUDA."""
+
+import os
+
+import psutil
+import torch
+
+from finetune.errors import FinetuneError
+
+
+def check_precision(mixed_precision: str, dtype: str, device: torch.device) -> None:
+    """Raise FinetuneError for a number format that this device does not have."""
+    if device.type == "cuda":
+        if "bf16" == mixed_precision or dtype == "bfloat16":
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                field = "train.mixed_precision: bf16" if mixed_precision == "bf16" else "base.dtype: bfloat16"
+                raise FinetuneError(f"{field}: {torch.cuda.get_device_name(device)} has no bfloat16; use fp16")
+    elif mixed_precision == "fp16":
+        raise FinetuneError(f"train.mixed_precision: fp16 needs a CUDA device, this run is on {device.type}; use bf16 or 'no'")
+    elif dtype == "float16":
+        raise FinetuneError(f"base.dtype: float16 needs a CUDA device, this run is on {device.type}; use float32")
+
+
+def memory_mb(device: torch.device) -> int:
+    """Peak memory of the device so far; on the CPU the resident memory of the process."""
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return used // 2**20
+
+
+def set_threads(threads: int | None) -> int:
+    """Use that many CPU threads, or all physical cores shared out over the processes of this machine.
+
+    `accelerate launch` puts OMP_NUM_THREADS=1 on a single process, which would leave most of the machine idle."""
+    if threads is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = max(1, min(available, psutil.cpu_count(logical=False) or available) // processes)
+    torch.set_num_threads(threads)
+    return threads

@@ -1,0 +1,170 @@
+"""What every family shares: its constants, where its parts come from, and adapters merged into its weights."""
+
+import hashlib
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from finetune.artifact import Artifact, deltas, read_tensors, write_safetensors
+from finetune.errors import FinetuneError
+
+TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """The constants of a family and its name tables."""
+
+    name: str                               # "sd1": the word in a recipe
+    components: dict[str, str]              # part -> component of the diffusers pipeline: {"denoiser": "unet", …}
+    kohya: dict[str, str]                   # part -> prefix of kohya's keys: {"denoiser": "lora_unet", …}
+    base_version: str                       # ss_base_model_version: "sd_v1"
+    architecture: str                       # modelspec.architecture: "stable-diffusion-v1"
+    targets: dict[str, tuple[str, ...]]     # a group of LoRA targets -> patterns of the denoiser's module paths
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base comes from: a diffusers folder or a hub id, with the name that is fit for metadata."""
+
+    path: str
+    revision: str | None
+    variant: str | None
+    index: dict             # model_index.json
+
+    @property
+    def name(self) -> str:
+        """The hub id, or the folder's own name without the private path to it."""
+        return Path(self.path).name if Path(self.path).is_dir() else self.path
+
+    def config(self, component: str) -> dict:
+        return json.loads(_fetch(self.path, f"{component}/config.json", self.revision).read_text())
+
+    def load(self, cls: type, component: str, dtype: torch.dtype) -> nn.Module:
+        """A frozen part in eval mode. Raises FinetuneError when it is not there or cannot be read."""
+        try:
+            part = cls.from_pretrained(self.path, subfolder=component, revision=self.revision, use_safetensors=True,
+                                       variant=self.variant or self._only_variant(component), dtype=dtype)
+        except (OSError, ValueError, RuntimeError) as e:
+            raise FinetuneError(f"base.path: {self.path}: its {component} cannot be loaded\n    {e}") from None
+        return part.to(dtype).requires_grad_(False).eval()
+
+    def _only_variant(self, component: str) -> str | None:
+        """`fp16` for a folder that holds nothing but *.fp16.safetensors, which diffusers does not find by itself."""
+        names = [p.name for p in Path(self.path, component).glob("*.safetensors")]
+        return "fp16" if names and all(".fp16." in name for name in names) else None
+
+
+def locate(path: str, revision: str | None = None, variant: str | None = None) -> Source:
+    """The source behind `base.path`: `tiny`, a diffusers folder or a hub id. Raises FinetuneError when there is none."""
+    path = str(TINY) if path == "tiny" else str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+    if Path(path).is_file():
+        raise FinetuneError(f"base.path: {path} is a file; a diffusers folder or a hub id is needed")
+    if Path(path).is_dir() and not Path(path, "model_index.json").is_file():
+        raise FinetuneError(f"base.path: {path} is no diffusers folder: it has no model_index.json")
+    try:
+        index = json.loads(_fetch(path, "model_index.json", revision).read_text())
+    except json.JSONDecodeError as e:
+        raise FinetuneError(f"base.path: {path}/model_index.json is not JSON: {e}") from None
+    return Source(path, revision, variant, index)
+
+
+def _fetch(path: str, file: str, revision: str | None) -> Path:
+    """A small file of the source, from disk or from the hub."""
+    if Path(path).is_dir():
+        if not Path(path, file).is_file():
+            raise FinetuneError(f"base.path: {path} has no {file}")
+        return Path(path, file)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise FinetuneError(f"base.path: there is no folder {path}")
+    try:
+        return Path(hf_hub_download(path, file, revision=revision))
+    except (OSError, HFValidationError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise FinetuneError(f"base.path: {path} is neither `tiny`, nor a folder here, nor a hub model that can be reached\n"
+                            f"    hub: {reason}") from None
+
+
+def check_family(source: Source, spec: FamilySpec, known: list[str]) -> None:
+    """Raise FinetuneError when the source's pipeline is another family's."""
+    name = source.index.get("_class_name", "")
+    found = next((family for word, family in (("XL", "sdxl"), ("Diffusion3", "sd3"), ("Flux", "flux"))
+                  if word in name), None)
+    if not found and "unet" in source.index:
+        config = source.config("unet")
+        if config.get("in_channels") == 9:
+            found = "sd1 inpainting (9 channels)"
+        elif config.get("cross_attention_dim") == 1024:
+            found = "sd2"
+    if found or not name.startswith("StableDiffusion"):
+        advice = f"use family: {found}" if found in known else f"this version trains: {', '.join(known)}"
+        raise FinetuneError(f"base.family: {spec.name}, but {source.path} is {found or name or 'no pipeline'}: {advice}")
+
+
+def weight(parts: dict[str, nn.Module], part: str, path: str) -> nn.Parameter | None:
+    """The weight of a module by its published name; transformers ≥ 5.6 drops `text_model.` in memory."""
+    modules = dict(parts[part].named_modules()) if part in parts else {}
+    module = modules.get(path) or modules.get(path.removeprefix("text_model."))
+    return getattr(module, "weight", None)
+
+
+@torch.no_grad()
+def merge(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]) -> list[tuple[nn.Parameter, Tensor]]:
+    """Add each adapter's deltas times its strength to the weights, summed in float32 and rounded once.
+
+    Returns what the weights were, for `unmerge`. Raises FinetuneError, with nothing changed, when a delta has no weight
+    of its shape in these parts."""
+    sums: dict[tuple[str, str], Tensor] = {}
+    for artifact, strength in adapters:
+        for part, path, delta in deltas(artifact):
+            key = (part, path)
+            sums[key] = sums[key] + strength * delta if key in sums else strength * delta
+    targets = {key: weight(parts, *key) for key in sums}
+    misfits = [f"{part}.{path}: " + ("the base has no such module" if targets[part, path] is None else
+               f"shape {tuple(delta.shape)}, but the base has {tuple(targets[part, path].shape)}")
+               for (part, path), delta in sums.items()
+               if targets[part, path] is None or targets[part, path].shape != delta.shape]
+    if misfits:
+        raise FinetuneError(f"the adapter does not fit this base: {len(misfits)} of {len(sums)} modules\n    "
+                            + "\n    ".join(misfits[:5]))
+    before = [(p, p.detach().clone()) for p in targets.values()]
+    for key, p in targets.items():
+        p.copy_(p.float() + sums[key].to(p.device))
+    return before
+
+
+@contextmanager
+def merged(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]):
+    """Inside, the weights hold the merged adapters; afterwards, what they were, bit for bit."""
+    before = merge(parts, adapters)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in before:
+                p.copy_(value)
+
+
+def publish_text_encoder(folder: Path) -> None:
+    """Rewrite a saved CLIP under the names with `text_model.`: what transformers ≥ 5.6 saves without it, no tool reads."""
+    file = folder / "model.safetensors"
+    tensors = {name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in read_tensors(file).items()}
+    write_safetensors(file, tensors, {"format": "pt"})
+
+
+def fingerprint(parts: dict[str, nn.Module]) -> str:
+    """SHA-256 over every weight of the base: what it is, wherever it lies."""
+    whole = hashlib.sha256()
+    for part, module in sorted(parts.items()):
+        for name, tensor in sorted(module.state_dict().items()):
+            whole.update(f"{part}.{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return whole.hexdigest()

@@ -1,0 +1,217 @@
+"""What the formats share: load, save, identify, and the checks on every LoRA that comes in.
+
+A format is a module with `reads(header)`, `decode(tensors, metadata, spec)` and `encode(artifact, spec)`;
+decode(encode(a)) gives a's tensors back bit for bit. Nothing here imports torch before tensors are wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune import registry
+from finetune.artifact import (
+    Artifact, Header, fold_alpha, modules, read_header, read_tensors, write_safetensors,
+)
+from finetune.errors import FinetuneError
+
+if TYPE_CHECKING:  # both cost an import of torch
+    from torch import Tensor
+
+    from finetune.families.base import FamilySpec
+
+DIFFUSERS_METADATA = "lora_adapter_metadata"  # peft's config, for diffusers: fatal in a file that has alphas
+
+
+def load(path: str | Path, spec: FamilySpec) -> Artifact:
+    """Read an adapter in whatever format it is. FinetuneError if none reads it or it is of another family."""
+    header = read_header(path)
+    try:
+        facts = identify(header)
+        if facts["family"] not in (None, spec.name):
+            raise FinetuneError(f"is for {facts['family']}, and the base is {spec.name}: their layers differ")
+        for name in registry.names("formats"):
+            module = registry.find("formats", name)
+            if module.reads(header):
+                return module.decode(read_tensors(path), header.metadata, spec)
+        raise FinetuneError(
+            f"no format reads it: kind {facts['kind'] or 'unknown'}, keys {_some(list(header.tensors))}\n"
+            f"    formats: {', '.join(registry.names('formats'))}; `finetune inspect` says more about it"
+        )
+    except FinetuneError as error:
+        raise FinetuneError(f"{path}: {error}") from error
+
+
+def save(artifact: Artifact, path: str | Path, format_name: str, spec: FamilySpec) -> None:
+    """Write an adapter in one format. FinetuneError for an unknown format, or when the disk refuses."""
+    write_safetensors(path, *registry.find("formats", format_name).encode(artifact, spec))
+
+
+Place = tuple[str, str, str]  # part, module path, role: "lora_A", "lora_B" or "alpha"
+
+
+def gather(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    spec: FamilySpec,
+    locate: Callable[[str], Place | None],
+    alpha: Callable[[str, str, int], float] = lambda part, path, rank: rank,
+) -> Artifact:
+    """Build a LoRA from a file's tensors: `locate` places each key, `alpha` gives what has no tensor for it.
+
+    FinetuneError for a key without a place, two keys for one place, a half without its other, and halves that
+    do not fit each other.
+    """
+    import torch
+
+    places = {key: locate(key) for key in tensors}
+    lost = [key for key, place in places.items() if place is None]
+    if lost:
+        raise FinetuneError(f"{_some(lost)}: no name of a LoRA for {spec.name}")
+    found: dict[str, Tensor] = {}
+    for key, place in places.items():
+        name = ".".join(place)
+        if name in found:
+            raise FinetuneError(f"{key!r} and another key both mean {name!r}")
+        found[name] = tensors[key].contiguous()
+
+    result = {}
+    for part, path in sorted({place[:2] for place in places.values()}):
+        stem = f"{part}.{path}"
+        down, up = found.get(f"{stem}.lora_A"), found.get(f"{stem}.lora_B")
+        if down is None or up is None:
+            half = "down (lora_A)" if down is None else "up (lora_B)"
+            raise FinetuneError(f"{stem} lacks its {half} half: the file is incomplete")
+        rank = down.shape[0] if down.ndim > 1 else 0
+        if not rank or up.ndim != down.ndim or up.shape[1:] != (rank, *[1] * (down.ndim - 2)):
+            raise FinetuneError(f"{stem}: halves of {tuple(down.shape)} and {tuple(up.shape)} do not fit")
+        scale = torch.as_tensor(found.get(f"{stem}.alpha", alpha(part, path, rank)), dtype=torch.float32)
+        if scale.numel() != 1:
+            raise FinetuneError(f"{stem}.alpha is not one number but {tuple(scale.shape)}")
+        result |= {f"{stem}.lora_A": down, f"{stem}.lora_B": up, f"{stem}.alpha": scale.reshape(())}
+    kept = {key: value for key, value in metadata.items() if key != DIFFUSERS_METADATA}
+    return Artifact("lora", spec.name, fold_alpha(result), kept)
+
+
+def published(path: str) -> str:
+    """A module path with the `text_model.` that transformers >= 5.6 and some files leave out."""
+    return f"text_model.{path}" if path.startswith("encoder.layers.") else path
+
+
+def common_metadata(artifact: Artifact) -> dict[str, str]:
+    """The metadata of a file in any format: the artifact's own, its kind and its family."""
+    own = {key: value for key, value in artifact.metadata.items() if key != DIFFUSERS_METADATA}
+    return own | {"finetune.kind": artifact.kind, "finetune.family": artifact.family}
+
+
+def rank_and_alpha(tensors: Mapping[str, Tensor]) -> tuple[int, float]:
+    """The most frequent rank of canonical LoRA tensors, and their one alpha."""
+    stems = modules(tensors).values()
+    ranks = Counter(tensors[f"{stem}.lora_A"].shape[0] for stem in stems)
+    return max(ranks, key=lambda rank: (ranks[rank], rank)), tensors[f"{next(iter(stems))}.alpha"].item()
+
+
+def peft_configs(metadata: Mapping[str, str]) -> dict[str, dict]:
+    """{component: peft's LoraConfig as a dict} from a file's metadata. FinetuneError if it makes no sense."""
+    try:
+        configs: dict[str, dict] = {}
+        for key, value in json.loads(metadata.get(DIFFUSERS_METADATA, "{}")).items():
+            component, _, field = key.partition(".")
+            configs.setdefault(component, {})[field] = value
+        for config in configs.values():
+            alphas = config.get("alpha_pattern", {}) | {"": config.get("lora_alpha", 1)}
+            for pattern, alpha in alphas.items():
+                re.compile(pattern)
+                if not isinstance(alpha, (int, float)):
+                    raise TypeError(f"an alpha of {alpha!r}")
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise FinetuneError(f"its {DIFFUSERS_METADATA} is not what diffusers writes: {error}") from error
+    return configs
+
+
+def number(value: float) -> int | float:
+    """8 for 8.0, as other tools write it."""
+    return int(value) if value.is_integer() else value
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(map(repr, keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+# What a file is, by the first pattern that any of its tensors' names contains: pattern, kind, format.
+_KINDS = (
+    (r"\.dora_scale$", "dora", "kohya"),
+    (r"\.lora_magnitude_vector", "dora", "peft"),
+    (r"\.hada_w1_", "loha", "lycoris"),
+    (r"\.lokr_w", "lokr", "lycoris"),
+    (r"\.oft_blocks$|^oft_unet_", "oft", "lycoris"),
+    (r"\.lora_(down|up|A|B)\b|[._]lora\.(down|up)\.|\.lora_linear_layer\.", "lora", None),
+    (r"^lora_.*\.diff$", "difference", "lycoris"),
+    (r"^(emb_params|clip_l|clip_g)$", "embedding", "webui"),
+    (r"^model\.diffusion_model\.", "checkpoint", "single_file"),
+    (r"^first_stage_model\.|^(encoder\.down|decoder\.up)\.\d", "vae", "single_file"),
+    (r"^(encoder\.down|decoder\.up)_blocks\.", "vae", "diffusers"),
+    (r"^(down|up)_blocks\.\d+\.(attentions|resnets)\.", "unet", "diffusers"),
+    (r"^(text_model\.)?encoder\.layers\.\d+\.self_attn\.", "text encoder", "transformers"),
+)
+_PARTS = {
+    "lora_unet": "denoiser", "unet": "denoiser", "transformer": "denoiser",
+    "lora_te": "text", "lora_te1": "text", "text_encoder": "text",
+    "lora_te2": "text_2", "text_encoder_2": "text_2",
+}
+_FAMILY_OF_VERSION = {
+    "sd_v1": "sd1", "sd_v2": "sd2", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux",
+    "stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "stable-diffusion-xl": "sdxl",
+    "stable-diffusion-3": "sd3",
+}
+_FAMILY_OF_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+_DOWN = re.compile(r"[._](lora_down|lora_A|lora\.down|lora_linear_layer\.down)\b")
+
+
+def identify(header: Header) -> dict:
+    """What a header says: kind, format, family (None when unknown), ranks, alphas, modules by part."""
+    names = header.tensors
+    kind, format_name = next(
+        ((kind, form) for pattern, kind, form in _KINDS if any(re.search(pattern, name) for name in names)),
+        (None, None),
+    )
+    downs = [name for name in names if kind in ("lora", "dora") and _DOWN.search(name)]
+    if kind == "lora":
+        readers = (name for name in registry.names("formats") if registry.find("formats", name).reads(header))
+        format_name = next(readers, None)
+    prefixes = Counter(re.match(r"lora_[^_]+|[^.]*", name)[0] for name in downs)
+    parts: Counter[str] = Counter()
+    for prefix, count in prefixes.items():
+        parts[_PARTS.get(prefix, prefix)] += count
+    return {
+        "kind": kind,
+        "format": format_name,
+        "family": _family(header),
+        "ranks": sorted({names[name][1][0] for name in downs if names[name][1]}),
+        "alphas": _alphas(header),
+        "modules": dict(sorted(parts.items())),
+    }
+
+
+def _family(header: Header) -> str | None:
+    """Metadata first: a width alone misleads for a small base."""
+    said = header.metadata
+    if "finetune.family" in said:
+        return said["finetune.family"]
+    version = said.get("ss_base_model_version") or said.get("modelspec.architecture") or ""
+    known = next((family for start, family in _FAMILY_OF_VERSION.items() if version.startswith(start)), None)
+    keys = [name for name in header.tensors if re.search(r"attn2[._]to_k[._]", name)]
+    shapes = [header.tensors[key][1] for key in keys if _DOWN.search(key) or key.endswith("to_k.weight")]
+    return known or next(filter(None, (_FAMILY_OF_WIDTH.get(shape[-1]) for shape in shapes if shape)), None)
+
+
+def _alphas(header: Header) -> list[int | float]:
+    values = {value for name, value in header.scalars.items() if name.endswith(".alpha")}
+    for config in peft_configs(header.metadata).values():
+        values |= {config["lora_alpha"]} if "lora_alpha" in config else set()
+        values |= set(config.get("alpha_pattern", {}).values())
+    return [number(float(value)) for value in sorted(values)]

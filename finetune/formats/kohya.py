@@ -1,0 +1,85 @@
+"""The names that every consuming tool reads: lora_unet_down_blocks_0_..._to_k.lora_down.weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from finetune.artifact import Artifact, Header, fold_alpha, modules
+from finetune.formats.base import Place, common_metadata, gather, number, published, rank_and_alpha
+
+if TYPE_CHECKING:  # both cost an import of torch
+    from torch import Tensor
+
+    from finetune.families.base import FamilySpec
+
+ROLES = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "alpha": "alpha"}
+
+# A kohya file does not say which of its underscores were dots: these are the names between the dots, in the
+# UNets of diffusers and in CLIP's text models.
+SEGMENTS = """
+    down_blocks mid_block up_blocks attentions resnets downsamplers upsamplers transformer_blocks
+    attn1 attn2 to_q to_k to_v to_out ff net proj proj_in proj_out
+    conv conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj
+    time_embedding add_embedding class_embedding linear_1 linear_2
+    text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection
+""".split()
+SEGMENT = rf"(?:{'|'.join(sorted(SEGMENTS, key=len, reverse=True))}|\d+)(?=_|$)"
+
+
+def reads(header: Header) -> bool:
+    """True for a header with kohya's LoRA names."""
+    return any(re.match(r"lora_(unet|te\d?)_.*\.lora_(down|up)\.weight$", name) for name in header.tensors)
+
+
+def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
+    """Alphas that differ are folded into lora_B; no alpha means scale 1. FinetuneError as in `gather`."""
+    # Some trainers use SDXL's prefix for the one text encoder of SD 1.
+    prefixes = {prefix: part for part, prefix in spec.kohya.items()} | {"lora_te1": "text"}
+
+    def locate(key: str) -> Place | None:
+        module, _, role = key.partition(".")
+        for prefix, part in prefixes.items():
+            path = _dotted(module.removeprefix(f"{prefix}_")) if module.startswith(f"{prefix}_") else None
+            if path and role in ROLES:
+                return part, published(path), ROLES[role]
+        return None
+
+    return gather(tensors, metadata, spec, locate)
+
+
+def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) as sd-scripts writes them, always with alphas, and the same for every run."""
+    folded = fold_alpha(artifact.tensors)
+    tensors = {}
+    for (part, path), stem in modules(folded).items():
+        flat = path.replace(".", "_")
+        assert _dotted(flat) == path, f"SEGMENTS lacks the names to read {flat!r} back as {path!r}"
+        for suffix, role in ROLES.items():
+            tensors[f"{spec.kohya[part]}_{flat}.{suffix}"] = folded[f"{stem}.{role}"]
+    return tensors, common_metadata(artifact) | _metadata(artifact, folded, spec)
+
+
+def _dotted(flat: str) -> str | None:
+    """down_blocks_0_attentions_1 -> down_blocks.0.attentions.1; None for a name outside the table."""
+    if not re.fullmatch(rf"{SEGMENT}(?:_{SEGMENT})*", flat):
+        return None
+    return ".".join(re.findall(rf"(?:^|_)({SEGMENT})", flat))
+
+
+def _metadata(artifact: Artifact, tensors: Mapping[str, Tensor], spec: FamilySpec) -> dict[str, str]:
+    """What A1111, Forge and SD.Next sort and label adapters by."""
+    rank, alpha = rank_and_alpha(tensors)
+    title = artifact.metadata.get("ss_output_name", f"{spec.name} LoRA")
+    return {
+        "ss_base_model_version": spec.base_version,
+        "ss_v2": str(spec.base_version.startswith("sd_v2")),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(number(alpha)),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{spec.architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": artifact.metadata.get("modelspec.title", title),
+    }

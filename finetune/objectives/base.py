@@ -1,0 +1,12 @@
+"""What an objective is: the loss of a batch, and nothing else."""
+
+from typing import Protocol
+
+from finetune.batch import Batch, Losses
+
+
+class Objective(Protocol):
+    """A module of this folder has `build(**fields of the recipe) -> Objective`."""
+
+    def __call__(self, family, batch: Batch, seed: int) -> Losses:
+        """The batch is on the family's device; `seed` with the batch's positions gives every random number."""

@@ -1,0 +1,48 @@
+"""A checked recipe as text and as the part of a run's identity that it decides."""
+
+import io
+from collections.abc import Iterator, Mapping
+
+from ruamel.yaml import YAML
+
+from finetune.recipe.schema import Recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults written out; loading it again gives an equal Recipe."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False       # the schema's order
+    yaml.allow_unicode = True
+    text = io.StringIO()
+    yaml.dump(recipe.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def training_part(recipe: Recipe) -> dict:
+    """What decides the trained numbers, as plain JSON values: all but what is watched, kept and written.
+
+    Where base and pictures lie is left out too, because the run hashes their content; and `train.threads`,
+    because what matters is how many it really used."""
+    return recipe.model_dump(mode="json", exclude={
+        "preview": True, "every": True, "export": True, "data": {"images"},
+        "base": {"path", "revision", "variant"}, "train": {"keep_checkpoints", "threads"}})
+
+
+def difference(old: Mapping, new: Mapping) -> list[str]:
+    """What differs between two trees of plain values: `train.learning_rate: 0.0001 -> 0.0003`."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}" for key in {**before, **after}
+            if key not in before or key not in after or before[key] != after[key]]
+
+
+def _leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping) and value:
+        inner = value.items()
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        inner = enumerate(value)
+    else:
+        yield key, value
+        return
+    for name, item in inner:
+        yield from _leaves(item, f"{key}.{name}" if key else str(name))

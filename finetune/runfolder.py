@@ -1,0 +1,72 @@
+"""The run directory as an interface: which path is what.
+
+    recipe.yaml (as given)  resolved.yaml  run.json (identity)  metrics.jsonl  log.txt
+    checkpoints/step-00000250/  previews/step-00000250.png  adapter/NAME.safetensors
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from finetune.errors import FinetuneError
+
+
+class RunFolder:
+    def __init__(self, root: Path, name: str):
+        """`name` is the recipe's: it names the adapter, so that equal runs in two folders write equal files."""
+        self.root, self.name = root, name
+        self.recipe, self.resolved, self.identity = root / "recipe.yaml", root / "resolved.yaml", root / "run.json"
+        self.metrics, self.log = root / "metrics.jsonl", root / "log.txt"
+        self.checkpoints, self.previews, self.adapters = root / "checkpoints", root / "previews", root / "adapter"
+
+    def adapter(self, format_name: str, first: bool) -> Path:
+        """The file of an export: the recipe's first format has the plain name, others carry their own."""
+        return self.adapters / (f"{self.name}.safetensors" if first else f"{self.name}.{format_name}.safetensors")
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def preview(self, step: int) -> Path:
+        return self.previews / f"step-{step:08d}.png"
+
+    def begun(self) -> bool:
+        return self.identity.exists()
+
+    def set_aside(self) -> Path:
+        """Move the whole folder to the first free NAME.old-N."""
+        number = next(n for n in range(1, 10**6) if not self._old(n).exists())
+        self.root.rename(self._old(number))
+        return self._old(number)
+
+    def _old(self, number: int) -> Path:
+        return self.root.with_name(f"{self.root.name}.old-{number}")
+
+    def create(self, needed_bytes: int) -> None:
+        """Make the folders. Raises FinetuneError when they cannot be written or the disk has no room for the run."""
+        try:
+            for folder in (self.root, self.checkpoints, self.previews, self.adapters):
+                folder.mkdir(parents=True, exist_ok=True)
+            probe = self.root / ".writable"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as e:
+            raise FinetuneError(f"the run folder {self.root} cannot be written: {e.strerror}; choose another with --run") from None
+        free = shutil.disk_usage(self.root).free
+        if free < needed_bytes:
+            raise FinetuneError(f"the disk of {self.root} has {free / 1e6:,.0f} MB free, but the run may need "
+                                f"{needed_bytes / 1e6:,.0f} MB; make room or choose another disk with --run")
+
+
+def write_text(path: Path, text: str) -> None:
+    """All of the text or nothing."""
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,0 +1,99 @@
+"""A checkpoint: trained parameters, their average, optimizer state and the step, as safetensors and JSON.
+
+It is written into a staging folder, synced, sealed by a manifest with sizes and hashes, and renamed: under its name it
+is complete or it is not there. Random state is not in it, because there is none (see diffusion/noise.py).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from finetune.artifact import read_tensors, write_safetensors
+from finetune.errors import FinetuneError
+from finetune.runfolder import RunFolder, write_json
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class State:
+    step: int                               # optimizer steps done
+    parameters: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    optimizer_plain: str                    # JSON of what is no tensor
+    ema: dict[str, Tensor] | None
+
+
+def save(folder: RunFolder, state: State, keep_last: int) -> Path:
+    """Write the checkpoint, then prune older ones. A failure leaves the earlier checkpoints untouched."""
+    final = folder.checkpoint(state.step)
+    staging = final.with_name(f".{final.name}.part")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        write_safetensors(staging / "parameters.safetensors", state.parameters, {})
+        write_safetensors(staging / "optimizer.safetensors", state.optimizer, {"plain": state.optimizer_plain})
+        if state.ema is not None:
+            write_safetensors(staging / "ema.safetensors", state.ema, {})
+        files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
+        write_json(staging / MANIFEST, {"step": state.step, "files": files})
+        _sync(staging)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(staging, final)
+        _sync(final.parent)
+    except OSError as e:
+        raise FinetuneError(f"the checkpoint {final} cannot be written: {e.strerror}; earlier checkpoints are untouched") from None
+    for old in _folders(folder)[keep_last:]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(folder: RunFolder, say) -> State | None:
+    """The newest checkpoint whose every byte is as it was written; a damaged one is named and set aside."""
+    for path in _folders(folder):
+        try:
+            return _load(path)
+        except (FinetuneError, OSError, ValueError, KeyError) as e:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            say(f"checkpoint {path.name} is damaged ({e}); set aside as {aside.name}")
+    return None
+
+
+def _load(path: Path) -> State:
+    manifest = json.loads((path / MANIFEST).read_text())
+    for name, seal in manifest["files"].items():
+        if (path / name).stat().st_size != seal["size"] or _sha256(path / name) != seal["sha256"]:
+            raise ValueError(f"{name} is not what was written")
+    from finetune.artifact import read_header
+
+    return State(
+        manifest["step"], read_tensors(path / "parameters.safetensors"), read_tensors(path / "optimizer.safetensors"),
+        read_header(path / "optimizer.safetensors").metadata["plain"],
+        read_tensors(path / "ema.safetensors") if "ema.safetensors" in manifest["files"] else None)
+
+
+def _folders(folder: RunFolder) -> list[Path]:
+    """Complete checkpoints, newest first."""
+    return sorted(folder.checkpoints.glob("step-*"), reverse=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
+            hashlib.sha256(f.read()).hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

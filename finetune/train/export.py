@@ -1,0 +1,65 @@
+"""From what was trained to files that are proven to hold it."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from finetune import __version__
+from finetune.artifact import Artifact, deltas
+from finetune.errors import FinetuneError
+from finetune.formats import base as formats
+from finetune.runfolder import RunFolder
+
+
+def write(artifact: Artifact, folder: RunFolder, format_names: list[str], spec) -> list[Path]:
+    """One file per format, each opened again and compared. Raises FinetuneError rather than hand over a bad adapter."""
+    check(artifact)
+    paths = []
+    for i, name in enumerate(format_names):
+        path = folder.adapter(name, first=i == 0)
+        formats.save(artifact, path, name, spec)
+        again = formats.load(path, spec).tensors
+        same = again.keys() == artifact.tensors.keys() and all(torch.equal(again[k], t) for k, t in artifact.tensors.items())
+        assert same, f"{path}: what was written is not what was trained"
+        paths.append(path)
+    return paths
+
+
+def check(artifact: Artifact) -> None:
+    """Raise FinetuneError for an adapter that is not finite or changes nothing."""
+    bad = sorted(name for name, t in artifact.tensors.items() if not t.isfinite().all())
+    if bad:
+        raise FinetuneError(f"{len(bad)} trained tensors are not finite ({bad[0]}, …): no adapter is written; "
+                            "lower train.learning_rate and start again with --fresh")
+    if not any(delta.any() for _, _, delta in deltas(artifact)):
+        raise FinetuneError("the adapter changes nothing: no adapter is written; raise train.learning_rate or train.max_steps")
+
+
+def metadata(recipe: dict, base: str, name: str, steps: int, examples: int, processes: int, data: str) -> dict[str, str]:
+    """What every file of the run says about itself. Paths are cut to their last name: an adapter travels."""
+    public = json.loads(json.dumps(recipe))
+    public["base"]["path"] = base
+    public["data"]["images"] = Path(public["data"]["images"]).name
+    train = public["train"]
+    return {
+        "finetune.version": __version__,
+        "finetune.recipe": json.dumps(public, sort_keys=True, ensure_ascii=False),
+        "finetune.data": data,
+        "ss_output_name": name,
+        "ss_sd_model_name": base,
+        "ss_steps": str(steps),
+        "ss_max_train_steps": str(train["max_steps"]),
+        "ss_num_train_images": str(examples),
+        "ss_num_batches_per_epoch": str(max(1, examples // (train["batch_size"] * processes))),
+        "ss_batch_size_per_device": str(train["batch_size"]),
+        "ss_gradient_accumulation_steps": str(train["gradient_accumulation"]),
+        "ss_learning_rate": str(train["learning_rate"]),
+        "ss_lr_scheduler": train["schedule"],
+        "ss_optimizer": train["optimizer"],
+        "ss_mixed_precision": train["mixed_precision"],
+        "ss_seed": str(train["seed"]),
+        "ss_resolution": f"({public['data']['resolution']}, {public['data']['resolution']})",
+        "modelspec.title": name,
+        "modelspec.resolution": f"{public['data']['resolution']}x{public['data']['resolution']}",
+    }

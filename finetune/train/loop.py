@@ -1,0 +1,187 @@
+"""The loop: every method, family and objective goes through here."""
+
+import json
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+
+from finetune import device
+from finetune.batch import Batch, Conditioning
+from finetune.errors import FinetuneError
+from finetune.optim.optimizer import load_state, state_tensors
+from finetune.optim.schedule import factor
+from finetune.train import checkpoint
+from finetune.train.preview import generate, grid, resting
+from finetune.train.setup import Run, seed_step
+
+
+class Stopped(Exception):
+    """A signal asked for the end; everything is saved."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+def train(run: Run, start: int) -> None:
+    """Steps `start` … max_steps − 1, with logs, previews and checkpoints on the way; a checkpoint at the end.
+
+    Raises Stopped after saving when SIGTERM or SIGINT came, FinetuneError when the numbers are no longer finite."""
+    recipe, accelerator, main = run.recipe, run.accelerator, run.accelerator.is_main_process
+    every, last = recipe.every, recipe.train.max_steps
+    stop = Stop()
+    bar = tqdm(total=last, initial=start, unit="step", disable=not main, dynamic_ncols=True)
+    window = Window(run)
+    if start == 0 and every.preview:
+        preview(run, 0)
+    for step in range(start, last):
+        window.add(*one_step(run, step))
+        done = step + 1
+        bar.update()
+        if done % every.log == 0 or done == last:
+            bar.set_postfix(window.close(done), refresh=False)
+        stopped = stop.received(accelerator)
+        if done == last or stopped or (every.checkpoint and done % every.checkpoint == 0):
+            save(run, done)
+        if every.preview and done % every.preview == 0:
+            preview(run, done)
+        if stopped and done < last:
+            bar.close()
+            raise Stopped(stopped)
+    bar.close()
+
+
+def one_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step. Returns this process's mean loss and the norm of the gradient, both still on the device."""
+    recipe, accelerator = run.recipe.train, run.accelerator
+    run.model.train()
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor(recipe.schedule, step, recipe.max_steps, recipe.warmup_steps)
+    total = torch.zeros((), device=accelerator.device)
+    for micro in range(recipe.gradient_accumulation):
+        # Consecutive positions are dealt out to the processes, so that any split sees the same stream.
+        first = ((step * recipe.gradient_accumulation + micro) * accelerator.num_processes
+                 + accelerator.process_index) * recipe.batch_size
+        batch = to_device(run.loader.batch(list(range(first, first + recipe.batch_size))), accelerator.device)
+        seed_step(recipe.seed, first)
+        syncing = micro == recipe.gradient_accumulation - 1
+        with nullcontext() if syncing else accelerator.no_sync(run.model):
+            loss, _ = run.model(batch)
+            accelerator.backward(loss / recipe.gradient_accumulation)
+        total += loss.detach() / recipe.gradient_accumulation
+    parameters = list(run.method.parameters().values())
+    norm = accelerator.clip_grad_norm_(parameters, recipe.clip_norm or float("inf"))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if run.ema:
+        run.ema.update(step)
+    return total, norm
+
+
+def to_device(batch: Batch, where: torch.device) -> Batch:
+    def move(t):
+        return None if t is None else t.to(where, non_blocking=True)
+
+    text = batch.conditioning and Conditioning(move(batch.conditioning.tokens), move(batch.conditioning.pooled))
+    return replace(batch, weight=move(batch.weight), geometry=move(batch.geometry), pixels=move(batch.pixels),
+                   latents=move(batch.latents), conditioning=text)
+
+
+class Window:
+    """The steps between two log lines. Losses stay on the device until the line is written: no wait at every step."""
+
+    def __init__(self, run: Run):
+        self.run, self.losses, self.norms, self.begin = run, [], [], time.perf_counter()
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    def close(self, done: int) -> dict[str, str]:
+        """Append the line to metrics.jsonl; what the bar shows. Raises FinetuneError for a loss that is not finite."""
+        run, accelerator = self.run, self.run.accelerator
+        loss = accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        if not torch.isfinite(torch.tensor(loss)):
+            raise FinetuneError(f"step {done}: the loss is not finite; nothing of it is saved, the last checkpoint stays. "
+                                "Lower train.learning_rate and start again with --fresh")
+        seconds = time.perf_counter() - self.begin
+        line = {"step": done, "loss": loss, "grad_norm": torch.stack(self.norms).mean().item(),
+                "lr": run.optimizer.param_groups[0]["lr"],
+                "images_per_second": round(run.positions_per_step * len(self.losses) / seconds, 3),
+                "memory_mb": device.memory_mb(accelerator.device)}
+        if accelerator.is_main_process:
+            with open(run.folder.metrics, "a") as f:
+                f.write(json.dumps(line) + "\n")
+        self.losses, self.norms, self.begin = [], [], time.perf_counter()
+        return {"loss": f"{loss:.4f}", "lr": f"{line['lr']:.1e}", "img/s": f"{line['images_per_second']:.1f}",
+                "MB": str(line["memory_mb"])}
+
+
+class Stop:
+    """SIGTERM and SIGINT finish the running step and save; a second one ends the process at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def received(self, accelerator) -> int:
+        """The signal that any process got, or 0: all processes stop after the same step."""
+        if accelerator.num_processes == 1:
+            return self.number
+        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+
+
+def save(run: Run, done: int) -> None:
+    """A checkpoint after `done` steps, by the main process. Raises FinetuneError for parameters that are not finite."""
+    parameters = {name: p.detach().cpu().clone() for name, p in run.method.parameters().items()}
+    if bad := [name for name, p in parameters.items() if not p.isfinite().all()]:
+        raise FinetuneError(f"step {done}: {len(bad)} parameters are not finite ({bad[0]}); nothing of it is saved, the last "
+                            "checkpoint stays. Lower train.learning_rate and start again with --fresh")
+    if run.accelerator.is_main_process:
+        state = checkpoint.State(done, parameters, *state_tensors(run.optimizer.optimizer),
+                                 {n: t.cpu() for n, t in run.ema.average.items()} if run.ema else None)
+        checkpoint.save(run.folder, state, run.recipe.train.keep_checkpoints)
+    run.accelerator.wait_for_everyone()
+
+
+def resume(run: Run) -> int:
+    """Put back the newest valid checkpoint; the number of steps that are done."""
+    state = checkpoint.newest(run.folder, run.say)
+    if state is None:
+        run.folder.metrics.unlink(missing_ok=True)
+        return 0
+    run.method.restore(state.parameters)
+    load_state(run.optimizer.optimizer, state.optimizer, state.optimizer_plain)
+    if run.ema:
+        for name, average in run.ema.average.items():
+            average.copy_(state.ema[name])
+    if run.accelerator.is_main_process and run.folder.metrics.exists():
+        lines = run.folder.metrics.read_text().splitlines(keepends=True)
+        run.folder.metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.step))
+    return state.step
+
+
+def preview(run: Run, done: int) -> None:
+    """A grid of the base beside what is trained so far. Changes no bit of the training: it draws from its own seeds."""
+    if run.accelerator.is_main_process:
+        p = run.recipe.preview
+        jobs = [(prompt, seed) for prompt in p.prompts for seed in p.seeds]
+        size = (run.recipe.data.resolution,) * 2
+        with resting(run.family.parts):
+            pipeline = run.family.pipeline()
+            if run.base_pictures is None:
+                with run.method.off():
+                    run.base_pictures = generate(pipeline, jobs, p.steps, p.guidance, size=size, say="preview of the base")
+            with run.ema.swapped() if run.ema else nullcontext():
+                now = generate(pipeline, jobs, p.steps, p.guidance, size=size, say=f"preview at step {done}")
+        rows = [list(pair) for pair in zip(run.base_pictures, now)]
+        grid(rows, [f"{prompt} · {seed}" for prompt, seed in jobs], ["base", f"step {done}"]).save(run.folder.preview(done))
+    run.accelerator.wait_for_everyone()

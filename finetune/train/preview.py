@@ -1,0 +1,62 @@
+"""Pictures to look at: sampled with seeds of their own, laid out as a labelled grid."""
+
+import textwrap
+from contextlib import contextmanager
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+MARGIN, LABEL = 6, 15       # pixels
+
+
+@contextmanager
+def resting(parts: dict[str, torch.nn.Module]):
+    """Inside, every part is in eval mode; afterwards in the mode it was in."""
+    modes = {module: module.training for part in parts.values() for module in part.modules()}
+    try:
+        for part in parts.values():
+            part.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def generate(pipeline, jobs: list[tuple[str, int]], steps: int, guidance: float, negative: str = "",
+             size: tuple[int, int] | None = None, batch: int = 8, say: str | None = None) -> list[Image.Image]:
+    """One picture per (prompt, seed). Each picture's noise comes from its own seed, whatever else is in the batch.
+
+    `size` is (height, width) in pixels, the base's own when None; `say` names a progress bar."""
+    pipeline.set_progress_bar_config(disable=True)
+    options = {} if size is None else {"height": size[0], "width": size[1]}
+    pictures = []
+    with torch.no_grad(), tqdm(total=len(jobs), desc=say, unit="img", disable=say is None, leave=False) as bar:
+        for start in range(0, len(jobs), batch):
+            some = jobs[start:start + batch]
+            pictures += pipeline([prompt for prompt, _ in some], num_inference_steps=steps, guidance_scale=guidance,
+                                 negative_prompt=[negative] * len(some),
+                                 generator=[torch.Generator().manual_seed(seed) for _, seed in some], **options).images
+            bar.update(len(some))
+    return pictures
+
+
+def grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
+    """The pictures as a table; small ones are enlarged to at least 128 pixels so that they can be judged."""
+    factor = max(1, -(-128 // rows[0][0].width))
+    width, height = rows[0][0].width * factor, rows[0][0].height * factor
+    font = ImageFont.load_default(12)
+    lines = max(14, round((len(column_labels) * (width + MARGIN)) / 6.2))     # characters that fit over a row
+    labels = [textwrap.shorten(label, lines, placeholder=" …") for label in row_labels]
+    sheet = Image.new("RGB", (MARGIN + len(column_labels) * (width + MARGIN),
+                              LABEL + 4 + len(rows) * (height + LABEL + MARGIN)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for c, label in enumerate(column_labels):
+        pen.text((MARGIN + c * (width + MARGIN) + width // 2, 3), label, "black", font, anchor="ma")
+    for r, (pictures, label) in enumerate(zip(rows, labels)):
+        top = LABEL + 4 + r * (height + LABEL + MARGIN)
+        pen.text((MARGIN, top), label, "dimgray", font)
+        for c, picture in enumerate(pictures):
+            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS),
+                        (MARGIN + c * (width + MARGIN), top + LABEL))
+    return sheet

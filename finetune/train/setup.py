@@ -1,0 +1,123 @@
+"""Where everything meets: the recipe becomes plain arguments, and these become a run that is ready to step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from PIL import Image
+
+from finetune import __version__, device, registry
+from finetune.data import encode
+from finetune.data.loader import Encoded, Loader, View
+from finetune.data.scan import Example, fingerprint, scan
+from finetune.diffusion.noise import derive
+from finetune.errors import FinetuneError
+from finetune.families import base as families
+from finetune.optim.ema import Ema
+from finetune.optim.optimizer import OPTIMIZERS
+from finetune.recipe import Recipe, training_part
+from finetune.runfolder import RunFolder
+from finetune.train.step import TrainStep
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Run:
+    """Everything the loop needs."""
+
+    recipe: Recipe
+    folder: RunFolder
+    accelerator: Accelerator
+    family: object
+    method: object
+    loader: Loader
+    model: torch.nn.Module              # the wrapped TrainStep
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    identity: dict
+    say: Say
+    base_pictures: list[Image.Image] | None = field(default=None)   # previews of the untouched base, once sampled
+
+    @property
+    def positions_per_step(self) -> int:
+        train = self.recipe.train
+        return train.batch_size * train.gradient_accumulation * self.accelerator.num_processes
+
+
+def accelerate(recipe: Recipe) -> Accelerator:
+    """The recipe's precision wins over `accelerate config`."""
+    try:
+        return Accelerator(mixed_precision=recipe.train.mixed_precision, step_scheduler_with_optimizer=False)
+    except ValueError as e:
+        raise FinetuneError(f"train.mixed_precision: {recipe.train.mixed_precision} is not available here: {e}") from None
+
+
+def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Say) -> Run:
+    """Load, scan, install, encode. Raises FinetuneError for all that cannot work, before anything is trained."""
+    train = recipe.train
+    threads = device.set_threads(train.threads)
+    device.check_precision(train.mixed_precision, recipe.base.dtype, accelerator.device)
+    examples = scan(recipe.data.images, recipe.data.caption.template)
+
+    family = registry.find("families", recipe.base.family).load(
+        recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant)
+    if recipe.data.resolution % family.stride:
+        raise FinetuneError(f"data.resolution: {recipe.data.resolution} is not a multiple of {family.stride}, this base's VAE stride")
+    for part in family.parts.values():
+        part.to(accelerator.device)
+    identity = {
+        "exact": {"recipe": training_part(recipe), "data": fingerprint(examples), "base": families.fingerprint(family.parts),
+                  "processes": accelerator.num_processes, "device": accelerator.device.type},
+        "rounding": {"threads": threads, "torch": torch.__version__, "finetune": __version__},
+    }
+
+    method = install(recipe, family)
+    view = View(recipe.data.resolution, recipe.data.crop == "random", recipe.data.flip,
+                recipe.data.caption.template, recipe.data.caption.dropout)
+    loader = Loader(examples, view, train.seed, encoded(family, method, examples, view, accelerator))
+    if train.gradient_checkpointing:
+        family.parts["denoiser"].enable_gradient_checkpointing()
+    weighting = recipe.objective.weighting
+    objective = registry.find("objectives", recipe.objective.kind).build(
+        timesteps=recipe.objective.timesteps, weighting_kind=weighting.kind, gamma=weighting.gamma)
+    groups = [{"lr": train.learning_rate} | group for group in method.groups()]
+    for group in groups:
+        group["peak_lr"] = group["lr"]
+    optimizer = OPTIMIZERS[train.optimizer](groups, betas=tuple(train.betas), weight_decay=train.weight_decay)
+    ema = Ema(method.parameters(), train.ema.decay) if train.ema else None
+    model, optimizer = accelerator.prepare(TrainStep(family, method, objective, train.seed), optimizer)
+    trained = sum(p.numel() for p in method.parameters().values())
+    say(f"base      {family.source.name} ({family.spec.name}, {family.path.prediction}, {recipe.base.dtype})")
+    say(f"data      {len(examples)} pictures at {view.resolution} px from {recipe.data.images}")
+    say(f"trains    {recipe.method[0].kind}: {trained:,} parameters in {len(method.parameters())} tensors")
+    seen = train.max_steps * train.batch_size * train.gradient_accumulation * accelerator.num_processes / len(examples)
+    say(f"plan      {train.max_steps} steps; each picture is seen {seen:.1f} times")
+    return Run(recipe, folder, accelerator, family, method, loader, model, optimizer, ema, identity, say)
+
+
+def install(recipe: Recipe, family):
+    """The recipe's method, installed in the family."""
+    if len(recipe.method) > 1:
+        raise FinetuneError("method: several methods in one run cannot be trained yet; give one")
+    fields = recipe.method[0].model_dump()
+    method = registry.find("methods", fields.pop("kind")).build(**fields, seed=recipe.train.seed)
+    if method.objective != recipe.objective.kind:
+        raise FinetuneError(f"objective.kind: {recipe.method[0].kind} is trained by {method.objective!r}")
+    method.install(family)
+    return method
+
+
+def encoded(family, method, examples: list[Example], view: View, accelerator: Accelerator) -> Encoded:
+    """What the frozen encoders have to say, once; random crops cannot be encoded beforehand."""
+    quiet = not accelerator.is_main_process
+    text = None if "text" in method.trains else encode.texts(examples, view, family.encode_text)
+    moments = None if view.random_crop else encode.pictures(examples, view, family.moments, quiet)
+    return Encoded(moments, text, family.latents)
+
+
+def seed_step(seed: int, position: int) -> None:
+    """Set every global generator from the position: dropout inside the network draws from them."""
+    set_seed(derive(seed, position, "network") % 2**32)
