@@ -8,11 +8,11 @@ class FinetuneError(Exception):
     """Something the user can put right: said as what, where, why and what to do, without a traceback."""
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest of the words, or nothing."""
+def nearest(word: str, words: Iterable[str], also: Iterable[str] = ()) -> str:
+    """`; did you mean 'x'?` for the nearest of the words, and for all that are `also` meant; or nothing."""
     lowered = {other.lower(): other for other in words}
-    near = difflib.get_close_matches(word.lower(), lowered, 1)
-    return f"; did you mean {lowered[near[0]]!r}?" if near else ""
+    near = [lowered[other] for other in difflib.get_close_matches(word.lower(), lowered, 1)] + list(also)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def refuse(problems: list[str]) -> None:

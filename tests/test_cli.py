@@ -12,8 +12,12 @@ from finetune.recipe import shipped
 HEAVY = ("torch", "pydantic", "ruamel", "numpy", "diffusers", "transformers", "accelerate", "PIL")
 
 
-def finetune(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "finetune", *arguments], capture_output=True, text=True, **options)
+def python(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+
+
+def finetune(*arguments: str) -> subprocess.CompletedProcess:
+    return python("-m", "finetune", *arguments)
 
 
 def test_help_lists_every_command_and_is_fast():
@@ -33,7 +37,7 @@ def test_help_lists_every_command_and_is_fast():
 def test_help_imports_nothing_heavy():
     code = ("import sys; from finetune import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
             "print(*sys.modules, file=sys.stderr)")
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr.split()
+    loaded = python("-c", code).stderr.split()
     assert "argparse" in loaded
     assert not [name for name in loaded if name.partition(".")[0] in HEAVY]
 
@@ -45,8 +49,8 @@ def test_the_help_of_each_command(name):
 
 @pytest.mark.parametrize("name", registry.names("commands"))
 def test_a_command_is_imported_without_torch(name):
-    code = f"import sys, finetune.commands.{name}; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = f"import sys, finetune.commands.{name}; print('torch' in sys.modules)"
+    assert python("-c", code).stdout == "False\n"
 
 
 def test_version():
@@ -88,9 +92,10 @@ def test_our_mistake_passes_through(monkeypatch):
 def test_a_reader_that_leaves_early_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
-    said = subprocess.run([sys.executable, "-c", "from finetune import cli, registry\n"
-                           "registry.find('commands', 'recipes').run = lambda arguments: print('x') or 0\n"
-                           "raise SystemExit(cli.main(['recipes']))"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    code = ("from finetune import cli, registry\n"
+            "registry.find('commands', 'recipes').run = lambda arguments: print('x') or 0\n"
+            "raise SystemExit(cli.main(['recipes']))")
+    said = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (said.returncode, said.stderr) == (141, "")
 

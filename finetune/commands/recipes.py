@@ -5,7 +5,7 @@ from pathlib import Path
 
 def add_arguments(parser) -> None:
     """Declare the command's arguments."""
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="without an action the recipes are listed")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions (none: list)")
     copy = actions.add_parser("copy", help="copy a recipe; an existing file is never overwritten")
     copy.add_argument("name", metavar="NAME", help="a recipe from the list")
     copy.add_argument("--to", type=Path, metavar="PATH", help="a file or a folder; NAME.yaml here by default")

@@ -20,8 +20,10 @@ def run(args) -> int:
     from finetune.errors import FinetuneError
     from finetune.recipe import load
     from finetune.runfolder import RunFolder
+    from finetune.train import processes
 
     loaded = load(args.recipe, args.overrides)
+    processes.start_missing()
     name = Path(args.recipe).stem
     folder = RunFolder(args.run or Path("runs") / name, name)
     try:
@@ -41,10 +43,6 @@ def _train(recipe, args, folder) -> int:
 
     accelerator = setup.accelerate(recipe)
     main = accelerator.is_main_process
-    if main and args.fresh and folder.root.exists():
-        print(f"{folder.root} moved aside to {folder.set_aside()}", file=sys.stderr)
-    accelerator.wait_for_everyone()
-
     log = []
 
     def say(line: str) -> None:
@@ -53,6 +51,9 @@ def _train(recipe, args, folder) -> int:
             log.append(line)
 
     run = setup.prepare(recipe, folder, accelerator, say)
+    if args.fresh and main and folder.root.exists():
+        say(f"{folder.root} is moved aside to {folder.set_aside()}")
+    accelerator.wait_for_everyone()
     if folder.begun():
         check_identity(json.loads(folder.identity.read_text()), run.identity, folder, say)
     accelerator.wait_for_everyone()
@@ -76,7 +77,7 @@ def _train(recipe, args, folder) -> int:
     if main:
         with run.ema.swapped() if run.ema else nullcontext():
             artifact = run.method.export(export.metadata(
-                recipe.model_dump(mode="json"), run.family.source.name, folder.name, recipe.train.max_steps,
+                run.identity["exact"]["recipe"], run.family.source.name, Path(recipe.data.images).name, folder.name, recipe.train.max_steps,
                 len(run.loader.examples), accelerator.num_processes, run.identity["exact"]["data"]))
         for path in export.write(artifact, folder, recipe.export, run.family.spec):
             say(f"adapter   {path} ({os.path.getsize(path) / 1000:,.0f} KB)")

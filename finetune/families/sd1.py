@@ -128,8 +128,10 @@ def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = N
     parts = {part: source.load(cls, SPEC.components[part], dtype) for part, cls in classes.items()}
     try:
         tokenizer = CLIPTokenizer.from_pretrained(source.path, subfolder="tokenizer", revision=revision)
-        scheduler_class = getattr(diffusers, source.index["scheduler"][1])
-        scheduler = scheduler_class.from_pretrained(source.path, subfolder="scheduler", revision=revision)
-    except (OSError, ValueError, KeyError) as e:
+        name = source.index["scheduler"][1]
+        if not name.endswith("Scheduler"):      # the file names a class: nothing but a scheduler is built from it
+            raise ValueError(f"model_index.json: {name!r} is no scheduler")
+        scheduler = getattr(diffusers, name).from_pretrained(source.path, subfolder="scheduler", revision=revision)
+    except (OSError, ValueError, KeyError, AttributeError) as e:
         raise FinetuneError(f"base.path: {source.path}: its tokenizer or scheduler cannot be loaded\n    {e}") from None
     return SD1(source, parts, tokenizer, scheduler)

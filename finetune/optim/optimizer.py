@@ -1,7 +1,5 @@
 """Optimizers by name, and their state as plain tensors."""
 
-import json
-
 import torch
 from torch import Tensor
 
@@ -26,22 +24,29 @@ def adamw8bit(groups: list[dict], **options) -> torch.optim.Optimizer:
 OPTIMIZERS = {"adamw": adamw, "adamw8bit": adamw8bit}
 
 
-def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], str]:
-    """The state as named tensors, and what is no tensor as JSON."""
-    tensors, plain = {}, {}
-    for i, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"{i}.{key}"] = value.detach().cpu().contiguous().clone()
-            else:
-                plain[f"{i}.{key}"] = value
-    return tensors, json.dumps(plain, sort_keys=True)
+def state_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
+    """The state as named tensors, and the plain values that are none; names are paths, `0/exp_avg`."""
+    leaves = dict(_leaves(optimizer.state_dict()["state"]))
+    return ({name: v.detach().cpu().contiguous().clone() for name, v in leaves.items() if isinstance(v, Tensor)},
+            {name: v for name, v in leaves.items() if not isinstance(v, Tensor)})
 
 
-def load_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: str) -> None:
+def load_state(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict) -> None:
     """Put back what `state_tensors` gave; learning rates stay those of `optimizer`."""
-    state: dict[int, dict] = {}
-    for name, value in {**tensors, **json.loads(plain)}.items():
-        i, key = name.split(".", 1)
-        state.setdefault(int(i), {})[key] = value
+    state: dict = {}
+    for name, value in {**tensors, **plain}.items():
+        index, *path, last = name.split("/")
+        node = state.setdefault(int(index), {})
+        for word in path:
+            node = node.setdefault(word, {})
+        node[last] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _leaves(tree: dict, path: str = ""):
+    """bitsandbytes nests its state by one more level than torch."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{key}/")
+        else:
+            yield f"{path}{key}", value

@@ -33,9 +33,7 @@ def explain(error: dict) -> str:
         siblings = list(_model(keys[:-1]).model_fields)
         name = str(keys[-1])
         elsewhere = [key for key in _all_keys(Recipe) if key.rpartition(".")[2] == name]
-        misplaced = f"; did you mean {' or '.join(map(repr, elsewhere))}?"
-        near = misplaced if elsewhere else nearest(name, siblings)
-        return f"unknown key{near}\n    keys here: {', '.join(siblings)}"
+        return f"unknown key{nearest(name, siblings, elsewhere)}\n    keys here: {', '.join(siblings)}"
     if kind == "value_error":
         return str(context["error"])
     meaning = f"\n    {_field(keys).description}"

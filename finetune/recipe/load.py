@@ -24,16 +24,15 @@ class Loaded:
     places: dict[Key, tuple[int, str]]      # where a key was written, as (order, text)
 
     def at(self, key: str) -> str:
-        """`recipes/dog.yaml:9` or `--set train.seed=1`: where a dotted key, or what is around it, was written."""
+        """`recipes/dog.yaml:9` or `--set train.seed=1`: where a dotted key, or what holds it, was written."""
         return _place(self.places, _canonical(tuple(key.split("."))))[1]
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """Read and check a recipe. `overrides` are `a.b=value`, with values in YAML.
 
-    Raises one FinetuneError with every problem, each with its place: a file that cannot be read or is no YAML,
-    a key that is unknown or written twice, a value that is of the wrong type, out of range or contradicts
-    another."""
+    Raises one FinetuneError with every problem, each with its place: a file that cannot be read or is not
+    YAML, a key unknown or written twice, a value of the wrong type, out of range or against another."""
     draft = _Draft.read(Path(path))
     for override in overrides:
         draft.override(override)
@@ -141,7 +140,8 @@ def _text(path: Path) -> str:
 
 def _canonical(key: Key) -> Key:
     """`method.rank` is `method.0.rank`."""
-    return ("method", "0", *key[1:]) if key[0:1] == ("method",) and key[1:] and not key[1].isdecimal() else key
+    short = len(key) > 1 and key[0] == "method" and not key[1].isdecimal()
+    return ("method", "0", *key[1:]) if short else key
 
 
 def _place(places: dict[Key, tuple[int, str]], key: Key) -> tuple[int, str]:

@@ -1,7 +1,7 @@
 """The words of a recipe: their types, limits and defaults. The docstring under each field is the manual.
 
-A mistake in a recipe must never pass as another value, so nothing is converted: "4" is not 4, and an unknown key
-is an error. Only a whole number may stand where any number is wanted, and a YAML list where a tuple is kept.
+A mistake in a recipe must never pass as another value, so nothing is converted: "4" is not 4, and an unknown
+key is an error. Only a whole number may stand where any number is wanted, and a list where a tuple is kept.
 """
 
 from functools import partial
@@ -117,7 +117,7 @@ class Lora(BaseModel):
     dropout: Fraction = 0.0
     """Share of the adapter's inputs that is dropped in each step."""
     targets: Some[Text] = ("cross_attention",)
-    """Layers that get an adapter: cross_attention, attention, feed_forward, all, or patterns like `*.to_k`."""
+    """Layers that get an adapter: cross_attention, attention, feed_forward, all, or patterns as `*.to_k`."""
     learning_rate: Rate | None = None
     """The method's own learning rate; null is `train.learning_rate`."""
 

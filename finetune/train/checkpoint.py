@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from finetune.artifact import read_tensors, write_safetensors
+from finetune.artifact import read_header, read_tensors, write_safetensors
 from finetune.errors import FinetuneError
 from finetune.runfolder import RunFolder, write_json
 
@@ -25,7 +25,7 @@ class State:
     step: int                               # optimizer steps done
     parameters: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    optimizer_plain: str                    # JSON of what is no tensor
+    optimizer_plain: dict                   # what of it is no tensor, as JSON can hold it
     ema: dict[str, Tensor] | None
 
 
@@ -37,7 +37,7 @@ def save(folder: RunFolder, state: State, keep_last: int) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         write_safetensors(staging / "parameters.safetensors", state.parameters, {})
-        write_safetensors(staging / "optimizer.safetensors", state.optimizer, {"plain": state.optimizer_plain})
+        write_safetensors(staging / "optimizer.safetensors", state.optimizer, {"plain": json.dumps(state.optimizer_plain, sort_keys=True)})
         if state.ema is not None:
             write_safetensors(staging / "ema.safetensors", state.ema, {})
         files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
@@ -72,11 +72,9 @@ def _load(path: Path) -> State:
     for name, seal in manifest["files"].items():
         if (path / name).stat().st_size != seal["size"] or _sha256(path / name) != seal["sha256"]:
             raise ValueError(f"{name} is not what was written")
-    from finetune.artifact import read_header
-
     return State(
         manifest["step"], read_tensors(path / "parameters.safetensors"), read_tensors(path / "optimizer.safetensors"),
-        read_header(path / "optimizer.safetensors").metadata["plain"],
+        json.loads(read_header(path / "optimizer.safetensors").metadata["plain"]),
         read_tensors(path / "ema.safetensors") if "ema.safetensors" in manifest["files"] else None)
 
 

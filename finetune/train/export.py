@@ -36,11 +36,11 @@ def check(artifact: Artifact) -> None:
         raise FinetuneError("the adapter changes nothing: no adapter is written; raise train.learning_rate or train.max_steps")
 
 
-def metadata(recipe: dict, base: str, name: str, steps: int, examples: int, processes: int, data: str) -> dict[str, str]:
-    """What every file of the run says about itself. Paths are cut to their last name: an adapter travels."""
-    public = json.loads(json.dumps(recipe))
-    public["base"]["path"] = base
-    public["data"]["images"] = Path(public["data"]["images"]).name
+def metadata(recipe: dict, base: str, images: str, name: str, steps: int, examples: int, processes: int,
+             data: str) -> dict[str, str]:
+    """What every file of the run says about itself. `recipe` is the part that decides the trained numbers, without
+    private paths: an adapter travels. `data` is the fingerprint of pictures and captions."""
+    public = recipe | {"base": recipe["base"] | {"path": base}, "data": recipe["data"] | {"images": images}}
     train = public["train"]
     return {
         "finetune.version": __version__,

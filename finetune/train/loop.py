@@ -72,8 +72,7 @@ def one_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
             loss, _ = run.model(batch)
             accelerator.backward(loss / recipe.gradient_accumulation)
         total += loss.detach() / recipe.gradient_accumulation
-    parameters = list(run.method.parameters().values())
-    norm = accelerator.clip_grad_norm_(parameters, recipe.clip_norm or float("inf"))
+    norm = accelerator.clip_grad_norm_(run.parameters.values(), recipe.clip_norm or float("inf"))
     run.optimizer.step()
     run.optimizer.zero_grad()
     if run.ema:
@@ -141,12 +140,14 @@ class Stop:
 
 def save(run: Run, done: int) -> None:
     """A checkpoint after `done` steps, by the main process. Raises FinetuneError for parameters that are not finite."""
-    parameters = {name: p.detach().cpu().clone() for name, p in run.method.parameters().items()}
+    parameters = {name: p.detach().cpu().clone() for name, p in run.parameters.items()}
     if bad := [name for name, p in parameters.items() if not p.isfinite().all()]:
         raise FinetuneError(f"step {done}: {len(bad)} parameters are not finite ({bad[0]}); nothing of it is saved, the last "
                             "checkpoint stays. Lower train.learning_rate and start again with --fresh")
     if run.accelerator.is_main_process:
-        state = checkpoint.State(done, parameters, *state_tensors(run.optimizer.optimizer),
+        tensors, plain = state_tensors(run.optimizer.optimizer)
+        scaler = run.accelerator.scaler         # float16 alone has one, and its scale is history that a resume needs
+        state = checkpoint.State(done, parameters, tensors, {"state": plain, "scaler": scaler and scaler.state_dict()},
                                  {n: t.cpu() for n, t in run.ema.average.items()} if run.ema else None)
         checkpoint.save(run.folder, state, run.recipe.train.keep_checkpoints)
     run.accelerator.wait_for_everyone()
@@ -159,7 +160,9 @@ def resume(run: Run) -> int:
         run.folder.metrics.unlink(missing_ok=True)
         return 0
     run.method.restore(state.parameters)
-    load_state(run.optimizer.optimizer, state.optimizer, state.optimizer_plain)
+    load_state(run.optimizer.optimizer, state.optimizer, state.optimizer_plain["state"])
+    if run.accelerator.scaler:
+        run.accelerator.scaler.load_state_dict(state.optimizer_plain["scaler"])
     if run.ema:
         for name, average in run.ema.average.items():
             average.copy_(state.ema[name])

@@ -34,6 +34,7 @@ class Run:
     family: object
     method: object
     loader: Loader
+    parameters: dict[str, torch.nn.Parameter]   # what is trained, under the artifact's names
     model: torch.nn.Module              # the wrapped TrainStep
     optimizer: torch.optim.Optimizer
     ema: Ema | None
@@ -50,7 +51,7 @@ class Run:
 def accelerate(recipe: Recipe) -> Accelerator:
     """The recipe's precision wins over `accelerate config`."""
     try:
-        return Accelerator(mixed_precision=recipe.train.mixed_precision, step_scheduler_with_optimizer=False)
+        return Accelerator(mixed_precision=recipe.train.mixed_precision)
     except ValueError as e:
         raise FinetuneError(f"train.mixed_precision: {recipe.train.mixed_precision} is not available here: {e}") from None
 
@@ -87,15 +88,16 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     for group in groups:
         group["peak_lr"] = group["lr"]
     optimizer = OPTIMIZERS[train.optimizer](groups, betas=tuple(train.betas), weight_decay=train.weight_decay)
-    ema = Ema(method.parameters(), train.ema.decay) if train.ema else None
+    parameters = method.parameters()
+    ema = Ema(parameters, train.ema.decay) if train.ema else None
     model, optimizer = accelerator.prepare(TrainStep(family, method, objective, train.seed), optimizer)
-    trained = sum(p.numel() for p in method.parameters().values())
+    trained = sum(p.numel() for p in parameters.values())
     say(f"base      {family.source.name} ({family.spec.name}, {family.path.prediction}, {recipe.base.dtype})")
     say(f"data      {len(examples)} pictures at {view.resolution} px from {recipe.data.images}")
-    say(f"trains    {recipe.method[0].kind}: {trained:,} parameters in {len(method.parameters())} tensors")
+    say(f"trains    {recipe.method[0].kind}: {trained:,} parameters in {len(parameters)} tensors")
     seen = train.max_steps * train.batch_size * train.gradient_accumulation * accelerator.num_processes / len(examples)
     say(f"plan      {train.max_steps} steps; each picture is seen {seen:.1f} times")
-    return Run(recipe, folder, accelerator, family, method, loader, model, optimizer, ema, identity, say)
+    return Run(recipe, folder, accelerator, family, method, loader, parameters, model, optimizer, ema, identity, say)
 
 
 def install(recipe: Recipe, family):

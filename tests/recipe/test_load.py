@@ -43,7 +43,8 @@ def test_defaults(write):
 def test_the_contract_of_the_house(write):
     """The words that users type; a change here needs a line in the changelog."""
     recipe = load(write("""\
-base: {family: sd1, path: stable-diffusion-v1-5/stable-diffusion-v1-5, dtype: bfloat16, variant: fp16, revision: main}
+base: {family: sd1, path: stable-diffusion-v1-5/stable-diffusion-v1-5, dtype: bfloat16,
+       variant: fp16, revision: main}
 data:
   images: path/to/pictures
   resolution: 512
@@ -55,7 +56,8 @@ method:
 objective: {kind: denoise, timesteps: uniform, weighting: {kind: min_snr, gamma: 5}}
 train: {max_steps: 1000, batch_size: 4, gradient_accumulation: 2, learning_rate: 1e-4, schedule: cosine,
         warmup_steps: 10, optimizer: adamw8bit, weight_decay: 0, betas: [0.9, 0.99], clip_norm: null,
-        ema: {decay: 0.99}, mixed_precision: no, seed: 7, gradient_checkpointing: true, threads: 2, keep_checkpoints: 3}
+        ema: {decay: 0.99}, mixed_precision: no, seed: 7, gradient_checkpointing: true,
+        threads: 2, keep_checkpoints: 3}
 preview: {prompts: [a dog], seeds: [1, 2], steps: 10, guidance: 3}
 every: {log: 5, preview: 250, checkpoint: 0}
 export: [kohya, diffusers]
@@ -86,12 +88,15 @@ def test_recipes_are_frozen(write):
     ("train: {learning_rat: 1e-4}", "train.learning_rat: unknown key; did you mean 'learning_rate'?"),
     ("trian: {}", "trian: unknown key; did you mean 'train'?"),
     ("max_steps: 3", "max_steps: unknown key; did you mean 'train.max_steps'?"),
+    ("train: {steps: 3}", "train.steps: unknown key; did you mean 'max_steps' or 'preview.steps'?"),
     ("zzzz: 3", "zzzz: unknown key\n    keys here: base, data"),
     ("train: {ema: {dekay: 0.9}}", "train.ema.dekay: unknown key; did you mean 'decay'?"),
-    ("train: {optimizer: adam}", "unknown optimizer 'adam'; did you mean 'adamw'?\n    one of: adamw, adamw8bit"),
+    ("train: {optimizer: adam}",
+     "unknown optimizer 'adam'; did you mean 'adamw'?\n    one of: adamw, adamw8bit"),
     ("train: {mixed_precision: BF-16}", "unknown mixed_precision 'BF-16'; did you mean 'bf16'?"),
     ("train: {mixed_precision: false}", "unknown mixed_precision false\n    one of: no, fp16, bf16"),
-    ("objective: {weighting: min-snr}", "objective.weighting.kind: unknown kind 'min-snr'; did you mean 'min_snr'?"),
+    ("objective: {weighting: min-snr}",
+     "objective.weighting.kind: unknown kind 'min-snr'; did you mean 'min_snr'?"),
     ("objective: {kind: denoize}", "objective.kind: unknown objective 'denoize'; did you mean 'denoise'?"),
     ("export: [koya]", "export.0: unknown format 'koya'; did you mean 'kohya'?"),
     ("export: kohya", "export: wants a list; given 'kohya'"),
@@ -104,19 +109,22 @@ def test_recipes_are_frozen(write):
     ("train: {batch_size: 0}", "train.batch_size: wants at least 1; given 0"),
     ("train: {learning_rate: 0}", "train.learning_rate: wants more than 0; given 0"),
     ("train: {learning_rate: .inf}", "train.learning_rate: wants a finite number; given inf"),
-    ("train: {learning_rate: fast}", "train.learning_rate: wants a number; given 'fast'\n    Peak learning rate."),
+    ("train: {learning_rate: fast}",
+     "train.learning_rate: wants a number; given 'fast'\n    Peak learning rate."),
     ("train: {betas: [0.9]}", "train.betas.1: missing"),
     ("train: {betas: [0.9, 0.9, 0.9]}", "train.betas: wants at most 2 in the list; given a list"),
     ("train: {ema: true}", "train.ema: wants a mapping of decay; given true"),
     ("train: 5", "train: wants a mapping of max_steps, batch_size"),
     ("train: {seed: -1}", "train.seed: wants at least 0; given -1"),
     ("train: {gradient_checkpointing: yes}", "wants true or false; given 'yes'"),
-    ("train: {max_steps: 5, warmup_steps: 6}", "train.warmup_steps: 6 is more than train.max_steps, which is 5"),
+    ("train: {max_steps: 5, warmup_steps: 6}",
+     "train.warmup_steps: 6 is more than train.max_steps, which is 5"),
     ("every: {preview: 5}", "every: preview: 5 has nothing to sample: preview.prompts is empty"),
     ("every: {log: 0}", "every.log: wants at least 1; given 0"),
     ("preview: {prompts: a dog}", "preview.prompts: wants a list; given 'a dog'"),
     ("preview: {seeds: []}", "preview.seeds: wants at least one in the list"),
-    ("train: {seed: !!python/name:os.system x}", "train.seed: the tag tag:yaml.org,2002:python/name:os.system"),
+    ("train: {seed: !!python/name:os.system x}",
+     "train.seed: the tag tag:yaml.org,2002:python/name:os.system"),
     ("train: {seed: !!int abc}", "train.seed: 'abc' cannot be read as int"),
     ("preview: {seeds: &s [1], prompts: *s}", "preview.prompts: an alias cannot stand in a recipe"),
 ])
@@ -135,19 +143,24 @@ def test_one_mistake(write, line, expected):
     ("path: tiny", "path: ''", "dog.yaml:1  base.path: wants a text that is not empty"),
     ("{path: tiny}", "tiny", "dog.yaml:1  base: wants a mapping of family, path"),
     ("data: {images: pictures}", "", "dog.yaml:1  data: missing"),
-    ("images: pictures", "images: p, resolution: 500", "dog.yaml:2  data.resolution: wants a multiple of 8; given 500"),
+    ("images: pictures", "images: p, resolution: 500",
+     "dog.yaml:2  data.resolution: wants a multiple of 8; given 500"),
     ("images: pictures", "images: p, crop: centre", "unknown crop 'centre'; did you mean 'center'?"),
-    ("images: pictures", "images: p, caption: {template: {text}}", "dog.yaml:2  data.caption.template: wants text"),
+    ("images: pictures", "images: p, caption: {template: {text}}",
+     "dog.yaml:2  data.caption.template: wants text"),
     ("images: pictures", "images: p, caption: {template: {{text}}}", "a text with braces needs quotes"),
-    ("images: pictures", "images: p, caption: {dropout: 2}", "data.caption.dropout: wants at most 1; given 2"),
-    ("kind: lora", "kind: loar", "dog.yaml:3  method.kind: unknown kind 'loar'; did you mean 'lora'?\n    one of: lora"),
+    ("images: pictures", "images: p, caption: {dropout: 2}",
+     "data.caption.dropout: wants at most 1; given 2"),
+    ("kind: lora", "kind: loar",
+     "dog.yaml:3  method.kind: unknown kind 'loar'; did you mean 'lora'?\n    one of: lora"),
     ("kind: lora", "rank: 4", "dog.yaml:3  method.kind: missing"),
     ("kind: lora", "kind: lora, rank: 0", "dog.yaml:3  method.rank: wants at least 1; given 0"),
     ("kind: lora", "kind: lora, dropout: 1", "dog.yaml:3  method.dropout: wants less than 1; given 1"),
     ("kind: lora", "kind: lora, targets: all", "dog.yaml:3  method.targets: wants a list; given 'all'"),
     ("kind: lora", "kind: lora, targets: [all, 3]", "dog.yaml:3  method.targets.1: wants text"),
     ("{kind: lora}", "lora", "dog.yaml:3  method: wants a mapping of kind, rank"),
-    ("{kind: lora}", "[{kind: lora}, {kind: lora}]", "dog.yaml:3  method: lora, lora: each may be named once"),
+    ("{kind: lora}", "[{kind: lora}, {kind: lora}]",
+     "dog.yaml:3  method: lora, lora: each may be named once"),
 ])
 def test_one_mistake_in_what_must_be_there(write, old, new, expected):
     said = problems(write(SMALLEST.replace(old, new)))
@@ -205,8 +218,9 @@ def test_a_file_that_cannot_be_read(write, tmp_path):
 
 def test_overrides(write):
     loaded = load(write(SMALLEST), [
-        "train.learning_rate=3e-4", "method.rank=8", "method.0.dropout=0.1", "preview.prompts=[a dog, 'a: cat']",
-        "data.images=a=b", "train.ema={decay: 0.9}", "train.ema.decay=0.8", "data.images=2024-01-01"])
+        "train.learning_rate=3e-4", "method.rank=8", "method.0.dropout=0.1",
+        "preview.prompts=[a dog, 'a: cat']", "data.images=a=b", "train.ema={decay: 0.9}",
+        "train.ema.decay=0.8", "data.images=2024-01-01"])
     recipe = loaded.recipe
     assert recipe.train.learning_rate == 3e-4
     assert (recipe.method[0].rank, recipe.method[0].dropout) == (8, 0.1)
@@ -236,11 +250,13 @@ def test_a_mistake_in_an_override(write, override, expected):
 
 def test_an_override_of_one_of_several_methods_must_say_which(write):
     path = write(SMALLEST.replace("{kind: lora}", "[{kind: lora}, {kind: lora}]"))
-    assert "--set method.rank=3  method.rank: the recipe has several methods" in problems(path, "method.rank=3")
+    said = problems(path, "method.rank=3")
+    assert "--set method.rank=3  method.rank: the recipe has several methods" in said
 
 
 def test_places(write):
-    loaded = load(write("base: {path: tiny}\ndata:\n  images: x\nmethod:\n  - kind: lora\n    rank: 4\n"), ["train.seed=3"])
+    text = "base: {path: tiny}\ndata:\n  images: x\nmethod:\n  - kind: lora\n    rank: 4\n"
+    loaded = load(write(text), ["train.seed=3"])
     assert loaded.at("data.images") == "dog.yaml:3"
     assert loaded.at("method.rank") == loaded.at("method.0.rank") == "dog.yaml:6"
     assert loaded.at("method.targets") == "dog.yaml:5"      # not written: the place of its method
@@ -249,8 +265,10 @@ def test_places(write):
 
 
 @pytest.mark.parametrize("extra", [[], [
-    "data.caption.template='{text}: \"in\" ink #1, é\n no'", "preview.prompts=['no', '1', '~', '- x', '', 'a\nb', '😀']",
-    "train.learning_rate=1e-7", "method={kind: lora, rank: 3, alpha: 1}", "train.ema={decay: 0.5}", "data.images=2024-01-01",
+    "data.caption.template='{text}: \"in\" ink #1, é\n no'",
+    "preview.prompts=['no', '1', '~', '- x', '', 'a\nb', '😀']",
+    "train.learning_rate=1e-7", "method={kind: lora, rank: 3, alpha: 1}", "train.ema={decay: 0.5}",
+    "data.images=2024-01-01",
     "export=[diffusers, kohya]", "train.betas=[0, 0.1]"]])
 def test_a_dumped_recipe_loads_to_the_same(write, extra):
     recipe = load(write(SMALLEST), extra).recipe

@@ -1,0 +1,91 @@
+"""`finetune sample` and `finetune merge` on the tiny base."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from finetune import registry
+from finetune.artifact import Artifact
+from finetune.cli import main
+from finetune.families.base import TINY
+from finetune.formats import base as formats
+
+PATH = "denoiser.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    g = torch.Generator().manual_seed(0)
+    tensors = {f"{PATH}.lora_A": torch.randn(2, 128, generator=g), f"{PATH}.lora_B": torch.randn(64, 2, generator=g),
+               f"{PATH}.alpha": torch.tensor(1.0)}
+    path = tmp_path_factory.mktemp("adapter") / "strong.safetensors"
+    formats.save(Artifact("lora", "sd1", tensors, {"ss_output_name": "strong"}), path, "kohya",
+                 registry.find("families", "sd1").SPEC)
+    return path
+
+
+def sample(out, *arguments) -> int:
+    return main(["sample", "--base", "tiny", "--steps", "2", "--out", str(out), *map(str, arguments)])
+
+
+def test_a_picture_depends_on_its_seed_only(tmp_path):
+    assert sample(tmp_path / "many", "--prompt", "a red circle", "--prompt", "a blue star", "--count", 3, "--seed", 4) == 0
+    assert sample(tmp_path / "one", "--prompt", "a blue star", "--seed", 6) == 0
+    names = sorted(p.name for p in (tmp_path / "many").iterdir())
+    assert names == ["0000-seed4.png", "0001-seed5.png", "0002-seed6.png", "0003-seed4.png", "0004-seed5.png", "0005-seed6.png"]
+    one, many = (Image.open(tmp_path / p).convert("RGB").tobytes() for p in ("one/0000-seed6.png", "many/0005-seed6.png"))
+    assert max(abs(a - b) for a, b in zip(one, many)) <= 1
+    facts = json.loads(Image.open(tmp_path / "many/0005-seed6.png").text["parameters"])
+    assert facts["prompt"] == "a blue star" and facts["seed"] == 6 and facts["base"] == "tiny"
+
+
+def test_strengths_and_grid(tmp_path, adapter):
+    assert sample(tmp_path / "out", "--prompt", "a red circle", "--adapter", adapter, "--strengths", "0,0.5,1",
+                  "--grid", tmp_path / "sheets" / "grid.png") == 0
+    assert sample(tmp_path / "base", "--prompt", "a red circle") == 0
+    pictures = {s: (tmp_path / "out" / f"0000-seed0-strength{s}.png") for s in ("0", "0.5", "1")}
+    pixels = {s: Image.open(p).tobytes() for s, p in pictures.items()}
+    assert pixels["0"] == Image.open(tmp_path / "base" / "0000-seed0.png").tobytes()
+    assert len(set(pixels.values())) == 3
+    assert Image.open(tmp_path / "sheets" / "grid.png").width > 3 * 128
+
+
+def test_merged_is_what_diffusers_loads_and_what_sample_shows(tmp_path, adapter):
+    assert main(["merge", "--base", "tiny", "--adapter", f"{adapter}:0.5", "--dtype", "float32", "--out", str(tmp_path / "m")]) == 0
+    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    loaded = StableDiffusionPipeline.from_pretrained(TINY, dtype=torch.float32)
+    loaded.load_lora_weights(str(adapter))
+    loaded.fuse_lora(lora_scale=0.5)
+    x, t, e = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 128)
+    with torch.no_grad():
+        mine, theirs = (p.unet(x, t, encoder_hidden_states=e).sample for p in (merged, loaded))
+    assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
+    ids = merged.tokenizer("a red circle", padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(merged.text_encoder(ids)[0], loaded.text_encoder(ids)[0])
+    assert (tmp_path / "m" / "tokenizer" / "vocab.json").is_file()
+    assert main(["merge", "--base", "tiny", "--adapter", str(adapter), "--out", str(tmp_path / "m")]) == 2   # never overwritten
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--prompt", "x", "--adapter", "nowhere.safetensors"], "no file nowhere"),
+    (["--prompt", "x", "--scheduler", "DDIMSheduler"], "did you mean 'DDIMScheduler'"),
+    (["--prompt", "x", "--dtype", "float31"], "did you mean 'float32'"),
+    (["--prompt", "x", "--size", "65x64"], "multiples of 4"),
+    (["--prompt", "x", "--strengths", "a"], "numbers with commas"),
+    (["--prompt", "x", "--count", "0"], "at least 1"),
+    (["--prompts", "nowhere.txt"], "cannot be read"),
+])
+def test_mistakes_are_said(tmp_path, capsys, arguments, said):
+    assert sample(tmp_path / "out", *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path, capsys):
+    tensors = {f"{PATH}.lora_A": torch.ones(2, 768), f"{PATH}.lora_B": torch.ones(320, 2), f"{PATH}.alpha": torch.tensor(1.0)}
+    path = tmp_path / "sd15.safetensors"
+    formats.save(Artifact("lora", "sd1", tensors, {}), path, "kohya", registry.find("families", "sd1").SPEC)
+    assert sample(tmp_path / "out", "--prompt", "x", "--adapter", path) == 2
+    assert "does not fit this base" in capsys.readouterr().err

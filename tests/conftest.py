@@ -1,0 +1,61 @@
+"""What the tests share: the bundled base, a few drawn pictures, and runs in this very process."""
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent
+COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple"]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Seven captioned pictures of different sizes: 7 is no multiple of any batch."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, colour in enumerate(COLOURS):
+        image = Image.new("RGB", (40 + 3 * i, 36), "white")
+        ImageDraw.Draw(image).ellipse([4, 4, 20 + i, 28], fill=colour)
+        image.save(folder / f"{i}.png")
+    rows = [{"file_name": f"{i}.png", "text": f"a {colour} circle on white"} for i, colour in enumerate(COLOURS)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, pictures) -> Path:
+    """A LoRA of six steps with everything on that could disturb an exact resume: dropout, accumulation, mid-epoch steps."""
+    path = tmp_path / "small.yaml"
+    path.write_text(f"""
+base: {{family: sd1, path: tiny}}
+data: {{images: "{pictures}", resolution: 32, flip: true, caption: {{dropout: 0.2}}}}
+method: {{kind: lora, rank: 2, alpha: 1, dropout: 0.1}}
+objective: {{weighting: min_snr}}
+train: {{max_steps: 6, batch_size: 2, gradient_accumulation: 2, learning_rate: 1e-2, schedule: cosine, warmup_steps: 2, threads: 1}}
+every: {{log: 2, checkpoint: 2}}
+""")
+    return path
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """`finetune train` in this process: (recipe, run folder, *arguments) → exit code."""
+    from accelerate.state import AcceleratorState
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def call(recipe: Path, run: Path, *arguments: str) -> int:
+        from finetune.cli import main
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            return main(["train", str(recipe), "--run", str(run), *arguments])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    return call
+
+

@@ -1,0 +1,134 @@
+"""Kill a run anywhere, give the same command again: the adapter is byte for byte what it would have been."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from finetune.train import checkpoint, loop
+
+
+def settings(**values) -> list[str]:
+    return [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+def adapter(run) -> bytes:
+    return (run / "adapter" / "small.safetensors").read_bytes()
+
+
+def trained(run) -> list:
+    return [{k: json.loads(line)[k] for k in ("step", "loss", "grad_norm", "lr")}
+            for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+class Crash(BaseException):
+    """Nothing in the code under test may catch this."""
+
+
+def crash_before(monkeypatch, step: int, action):
+    real = loop.one_step
+
+    def one_step(run, at):
+        if at == step:
+            monkeypatch.setattr(loop, "one_step", real)
+            action()
+        return real(run, at)
+
+    monkeypatch.setattr(loop, "one_step", one_step)
+
+
+def crash():
+    raise Crash
+
+
+@pytest.mark.parametrize("options", [{}, {"train__optimizer": "adamw8bit", "train__ema": "{decay: 0.9}"}],
+                         ids=["adamw", "adamw8bit+ema"])
+def test_a_crashed_run_ends_with_the_same_bytes(recipe, train, tmp_path, monkeypatch, options):
+    options = settings(**options)
+    assert train(recipe, tmp_path / "whole", *options) == 0
+    for step in (5, 3):     # between checkpoints, and again after the first resume
+        crash_before(monkeypatch, step, crash)
+        with pytest.raises(Crash):
+            train(recipe, tmp_path / f"cut{step}", *options)
+        assert not (tmp_path / f"cut{step}" / "adapter" / "small.safetensors").exists()
+        assert train(recipe, tmp_path / f"cut{step}", *options) == 0
+        assert adapter(tmp_path / f"cut{step}") == adapter(tmp_path / "whole")
+        assert trained(tmp_path / f"cut{step}") == trained(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_running_step(recipe, train, tmp_path, monkeypatch, number, code):
+    assert train(recipe, tmp_path / "whole") == 0
+    crash_before(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
+    assert train(recipe, tmp_path / "cut") == code
+    assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
+    assert train(recipe, tmp_path / "cut") == 0
+    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_named_set_aside_and_not_used(recipe, train, tmp_path, monkeypatch, capsys):
+    assert train(recipe, tmp_path / "whole") == 0
+    crash_before(monkeypatch, 5, crash)
+    with pytest.raises(Crash):
+        train(recipe, tmp_path / "cut")
+    victim = tmp_path / "cut" / "checkpoints" / "step-00000004" / "parameters.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-3] ^= 1
+    victim.write_bytes(data)
+    assert train(recipe, tmp_path / "cut") == 0
+    assert "step-00000004 is damaged" in capsys.readouterr().err
+    assert (tmp_path / "cut" / "checkpoints" / "damaged-step-00000004").is_dir()
+    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+
+
+def test_a_failed_save_keeps_the_last_checkpoint(recipe, train, tmp_path, monkeypatch, capsys):
+    real = checkpoint.write_safetensors
+
+    def full(path, tensors, metadata):
+        if "step-00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        real(path, tensors, metadata)
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    assert train(recipe, tmp_path / "run") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(checkpoint, "write_safetensors", real)
+    assert train(recipe, tmp_path / "run") == 0
+    assert train(recipe, tmp_path / "whole") == 0
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+
+
+def test_only_the_last_checkpoints_stay(recipe, train, tmp_path):
+    assert train(recipe, tmp_path / "run") == 0
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def test_a_finished_run_is_left_as_it_is(recipe, train, tmp_path):
+    assert train(recipe, tmp_path / "run") == 0
+    before, log = adapter(tmp_path / "run"), trained(tmp_path / "run")
+    assert train(recipe, tmp_path / "run") == 0
+    assert adapter(tmp_path / "run") == before and trained(tmp_path / "run") == log
+
+
+def test_a_changed_recipe_is_refused_with_the_difference(recipe, train, tmp_path, capsys):
+    assert train(recipe, tmp_path / "run") == 0
+    before = adapter(tmp_path / "run")
+    assert train(recipe, tmp_path / "run", *settings(train__learning_rate="3e-3", method__rank=4)) == 2
+    said = capsys.readouterr().err
+    assert "train.learning_rate: 0.01 -> 0.003" in said and "rank: 2 -> 4" in said and "--fresh" in said
+    assert adapter(tmp_path / "run") == before
+    assert train(recipe, tmp_path / "run", "--fresh", *settings(train__learning_rate="3e-3")) == 0
+    assert adapter(tmp_path / "run.old-1") == before != adapter(tmp_path / "run")
+
+
+def test_edited_pictures_are_another_run(recipe, train, tmp_path, pictures, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(pictures, copy)
+    assert train(recipe, tmp_path / "run") == 0
+    assert train(recipe, tmp_path / "run", *settings(data__images=copy)) == 0      # the same pictures elsewhere
+    (copy / "metadata.jsonl").write_text((copy / "metadata.jsonl").read_text().replace("red", "crimson"))
+    assert train(recipe, tmp_path / "run", *settings(data__images=copy)) == 2
+    assert "data:" in capsys.readouterr().err

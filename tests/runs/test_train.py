@@ -1,0 +1,113 @@
+"""Real training on the tiny base: what comes out, and that nothing beside the recipe changes it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def settings(**values) -> list[str]:
+    return [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+def adapter(run) -> dict:
+    return load_file(run / "adapter" / "small.safetensors")
+
+
+def relative(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max(((a[k] - b[k]).norm() / b[k].norm().clamp(min=1e-12)).item() for k in a)
+
+
+def test_the_run_folder_is_what_the_contract_says(recipe, train, tmp_path):
+    assert train(recipe, tmp_path / "run", *settings(export="[kohya, diffusers]")) == 0
+    run = tmp_path / "run"
+    for name in ("recipe.yaml", "resolved.yaml", "run.json", "metrics.jsonl", "log.txt",
+                 "adapter/small.safetensors", "adapter/small.diffusers.safetensors"):
+        assert (run / name).is_file(), name
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
+    # The resolved recipe is a recipe that gives the same run.
+    assert train(run / "resolved.yaml", run) == 0
+
+
+def test_nothing_private_is_in_the_adapter(recipe, train, tmp_path):
+    assert train(recipe, tmp_path / "run") == 0
+    assert str(tmp_path).encode() not in (tmp_path / "run" / "adapter" / "small.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("split", [{"train__batch_size": 4, "train__gradient_accumulation": 1},
+                                   {"train__batch_size": 1, "train__gradient_accumulation": 4}], ids=["4x1", "1x4"])
+def test_any_split_of_a_step_trains_the_same(recipe, train, tmp_path, split):
+    plain = settings(method__dropout=0)     # dropout draws per forward pass
+    assert train(recipe, tmp_path / "2x2", *plain) == 0
+    assert train(recipe, tmp_path / "other", *plain, *settings(**split)) == 0
+    assert relative(adapter(tmp_path / "other"), adapter(tmp_path / "2x2")) < 1e-4
+
+
+def test_previews_change_no_bit(recipe, train, tmp_path):
+    assert train(recipe, tmp_path / "without") == 0
+    preview = settings(every__preview=3, preview__prompts="[a red circle]", preview__steps=2)
+    assert train(recipe, tmp_path / "with", *preview) == 0
+    assert sorted(p.name for p in (tmp_path / "with" / "previews").iterdir()) == \
+        ["step-00000000.png", "step-00000003.png", "step-00000006.png"]
+    same = [(tmp_path / run / "adapter" / "small.safetensors").read_bytes() for run in ("without", "with")]
+    assert same[0] == same[1]
+
+
+def test_random_crops_are_encoded_in_the_loop(recipe, train, tmp_path):
+    assert train(recipe, tmp_path / "run", *settings(data__crop="random", train__max_steps=3)) == 0
+
+
+def test_gradient_checkpointing_trains_the_same(recipe, train, tmp_path):
+    short = settings(train__max_steps=3)
+    assert train(recipe, tmp_path / "plain", *short) == 0
+    assert train(recipe, tmp_path / "checkpointed", *short, *settings(train__gradient_checkpointing="true")) == 0
+    assert relative(adapter(tmp_path / "checkpointed"), adapter(tmp_path / "plain")) < 1e-5
+
+
+def test_the_adapter_is_float32_and_moves_on_a_bfloat16_base(recipe, train, tmp_path):
+    assert train(recipe, tmp_path / "run", *settings(base__dtype="bfloat16", train__mixed_precision="bf16")) == 0
+    tensors = adapter(tmp_path / "run")
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+    assert all(t.any() for name, t in tensors.items() if "lora_up" in name)
+
+
+def test_a_diverged_run_writes_no_adapter(recipe, train, tmp_path, capsys):
+    assert train(recipe, tmp_path / "run", *settings(train__learning_rate="1e30", train__clip_norm="null")) == 2
+    assert "not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "run" / "adapter").iterdir())
+
+
+def test_two_processes_train_the_same_as_one(recipe, train, tmp_path):
+    plain = settings(method__dropout=0, train__max_steps=4)
+    one = [*plain, *settings(train__batch_size=4, train__gradient_accumulation=1)]
+    assert train(recipe, tmp_path / "one", *one) == 0
+    two = [*plain, *settings(train__batch_size=2, train__gradient_accumulation=1)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "finetune", "train", str(recipe),
+               "--run", str(tmp_path / "two"), *two]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "MASTER_PORT": "29517"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert relative(adapter(tmp_path / "two"), adapter(tmp_path / "one")) <= 1e-5
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_trains_two_steps(path, train, tmp_path, pictures):
+    from finetune.recipe import load
+
+    first = path.read_text().splitlines()[0]
+    assert first.startswith(f"# accelerate launch -m finetune train recipes/{path.name}")
+    load(path)
+    small = settings(base__path="tiny", base__variant="null", data__images=pictures, data__resolution=64,
+                     train__max_steps=2, train__warmup_steps=0, train__batch_size=1, every__preview=0)
+    assert train(path, tmp_path / "run", *small) == 0
+    assert (tmp_path / "run" / "adapter" / f"{path.stem}.safetensors").is_file()
