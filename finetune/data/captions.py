@@ -8,12 +8,14 @@ from finetune.errors import FinetuneError
 def fields(template: str) -> list[str]:
     """The columns that a template names. Raises FinetuneError for one that is not well formed."""
     try:
-        names = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        parts = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as e:
         raise FinetuneError(f"data.caption.template: {template!r}: {e}") from None
-    if bad := [name for name in names if not name.isidentifier()]:
-        raise FinetuneError(f"data.caption.template: {template!r}: {{{bad[0]}}} is no column name; write {{text}}")
-    return names
+    for name, form, conversion in parts:
+        if form or conversion or not name.isidentifier():
+            raise FinetuneError(f"data.caption.template: {template!r}: {{{name}}} must be a column's name and nothing else, "
+                                "such as {text}")
+    return [name for name, _, _ in parts]
 
 
 def caption(template: str, columns: dict[str, str]) -> str:

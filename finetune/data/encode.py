@@ -33,14 +33,13 @@ def pictures(examples: list[Example], view: View, moments: Callable[[Tensor], Te
 @torch.no_grad()
 def texts(examples: list[Example], view: View, encode: Callable[[list[str]], Conditioning]) -> dict[str, Conditioning]:
     """The states of every caption that the run can draw, on the CPU. Raises FinetuneError, naming the file."""
-    captions = {caption(view.template, example.columns): example for example in reversed(examples)}
-    states = {}
-    for text, example in captions.items():
-        try:
-            state = encode([text])
-        except FinetuneError as e:
-            raise FinetuneError(f"data.images: {example.file}: {e}") from None
-        states[text] = state
+    states: dict[str, Conditioning] = {}
+    for example in examples:
+        if (text := caption(view.template, example.columns)) not in states:
+            try:
+                states[text] = encode([text])
+            except FinetuneError as e:
+                raise FinetuneError(f"data.images: {example.file}: {e}") from None
     if view.dropout:
         states[""] = encode([""])
     for text, state in states.items():

@@ -32,14 +32,16 @@ def scan(folder: str, template: str) -> list[Example]:
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise FinetuneError(f"data.images: there is no folder {root}")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES
+                   and not any(part.startswith(".") for part in p.relative_to(root).parts))
     if not files:
         raise FinetuneError(f"data.images: {root} holds no pictures ({', '.join(SUFFIXES)})")
-    rows, problems = metadata(root)
+    problems: list[str] = []
+    rows = metadata(root, set(files), problems)
     examples = []
     for file in files:
-        columns = rows.get(file, {}) or sidecar(file)
-        missing = [name for name in fields(template) if not columns.get(name)]
+        columns = rows.get(file) or sidecar(file, problems)
+        missing = [name for name in fields(template) if not columns.get(name, "").strip()]
         if missing == ["text"]:
             problems.append(f"{file}: no caption; write one into {file.with_suffix('.txt').name}, into metadata.jsonl, or "
                             "set data.caption.template to a text without {text}")
@@ -58,31 +60,44 @@ def scan(folder: str, template: str) -> list[Example]:
     return examples
 
 
-def metadata(root: Path) -> tuple[dict[Path, dict[str, str]], list[str]]:
-    """The rows of every metadata.jsonl below `root` by picture, and what is wrong with them."""
-    rows, problems = {}, []
+def metadata(root: Path, pictures: set[Path], problems: list[str]) -> dict[Path, dict[str, str]]:
+    """The rows of every metadata.jsonl below `root` by picture; what is wrong with them is added to `problems`."""
+    rows: dict[Path, dict[str, str]] = {}
     for table in sorted(root.rglob("metadata.jsonl")):
-        for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), 1):
+        # no splitlines: it also cuts at characters that may stand in a JSON string
+        for number, line in enumerate(text(table, problems).split("\n"), 1):
             if not line.strip():
                 continue
             try:
-                row = {str(k): str(v) for k, v in json.loads(line).items()}
+                row = {str(k): str(v) for k, v in json.loads(line).items() if v is not None}
                 file = table.parent / row.pop("file_name")
             except (ValueError, AttributeError, KeyError):
                 problems.append(f"{table}:{number}: not an object with a file_name")
                 continue
             if not file.is_file():
                 problems.append(f"{table}:{number}: there is no {file.name}")
+            elif file not in pictures:
+                problems.append(f"{table}:{number}: {file.name} is none of the pictures here ({', '.join(SUFFIXES)})")
+            elif file in rows:
+                problems.append(f"{table}:{number}: a second row for {file.name}")
             rows[file] = row
-    return rows, problems
+    return rows
 
 
-def sidecar(file: Path) -> dict[str, str]:
+def sidecar(file: Path, problems: list[str]) -> dict[str, str]:
     """The caption beside the picture."""
     for suffix in SIDECARS:
         if (beside := file.with_suffix(suffix)).is_file():
-            return {"text": " ".join(beside.read_text(encoding="utf-8-sig").split())}
+            return {"text": " ".join(text(beside, problems).split())}
     return {}
+
+
+def text(file: Path, problems: list[str]) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        problems.append(f"{file}: is not UTF-8 (byte {e.start}); save it as UTF-8")
+        return ""
 
 
 def fingerprint(examples: list[Example]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,9 @@ class Source:
                                        variant=self.variant or self._only_variant(component), dtype=dtype)
         except (OSError, ValueError, RuntimeError) as e:
             raise FinetuneError(f"base.path: {self.path}: its {component} cannot be loaded\n    {e}") from None
-        return part.to(dtype).requires_grad_(False).eval()
+        if any(p.dtype != dtype for p in part.parameters()):       # transformers keeps the file's own dtype
+            part.to(dtype)
+        return part.requires_grad_(False).eval()
 
     def _only_variant(self, component: str) -> str | None:
         """`fp16` for a folder that holds nothing but *.fp16.safetensors, which diffusers does not find by itself."""
@@ -62,6 +65,7 @@ class Source:
 
 def locate(path: str, revision: str | None = None, variant: str | None = None) -> Source:
     """The source behind `base.path`: `tiny`, a diffusers folder or a hub id. Raises FinetuneError when there is none."""
+    quiet()
     path = str(TINY) if path == "tiny" else str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
     if Path(path).is_file():
         raise FinetuneError(f"base.path: {path} is a file; a diffusers folder or a hub id is needed")
@@ -72,6 +76,17 @@ def locate(path: str, revision: str | None = None, variant: str | None = None) -
     except json.JSONDecodeError as e:
         raise FinetuneError(f"base.path: {path}/model_index.json is not JSON: {e}") from None
     return Source(path, revision, variant, index)
+
+
+def quiet() -> None:
+    """No progress bars for small files and no notes about things that are as they should be; errors are still raised."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)       # before it is imported: it misses GPU kernels aloud
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
 def _fetch(path: str, file: str, revision: str | None) -> Path:
