@@ -4,9 +4,12 @@
     checkpoints/step-00000250/  previews/step-00000250.png  adapter/NAME.safetensors
 """
 
+import fcntl
 import json
 import os
 import shutil
+import socket
+import time
 from pathlib import Path
 
 from finetune.errors import FinetuneError
@@ -33,6 +36,23 @@ class RunFolder:
     def begun(self) -> bool:
         return self.identity.exists()
 
+    def lock(self) -> None:
+        """Hold the folder until this process ends, however it ends. Raises FinetuneError when another process holds it."""
+        try:
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.root.with_name(f".{self.root.name}.lock"), "a+")     # beside it: the folder may move
+        except OSError as e:
+            raise self._unwritable(e) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise FinetuneError(f"{self.root} is in use by {self._lock.read().strip() or 'another process'}; "
+                                "wait for it, stop it, or start beside it with --run DIR") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        self._lock.flush()
+
     def set_aside(self) -> Path:
         """Move the whole folder to the first free NAME.old-N."""
         number = next(n for n in range(1, 10**6) if not self._old(n).exists())
@@ -51,11 +71,14 @@ class RunFolder:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as e:
-            raise FinetuneError(f"the run folder {self.root} cannot be written: {e.strerror}; choose another with --run") from None
+            raise self._unwritable(e) from None
         free = shutil.disk_usage(self.root).free
         if free < needed_bytes:
             raise FinetuneError(f"the disk of {self.root} has {free / 1e6:,.0f} MB free, but the run may need "
                                 f"{needed_bytes / 1e6:,.0f} MB; make room or choose another disk with --run")
+
+    def _unwritable(self, error: OSError) -> FinetuneError:
+        return FinetuneError(f"the run folder {self.root} cannot be written: {error.strerror}; choose another with --run")
 
 
 def write_text(path: Path, text: str) -> None:

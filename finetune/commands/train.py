@@ -50,6 +50,8 @@ def _train(recipe, args, folder) -> int:
             print(line, file=sys.stderr, flush=True)
             log.append(line)
 
+    if main:
+        folder.lock()
     run = setup.prepare(recipe, folder, accelerator, say)
     if args.fresh and main and folder.root.exists():
         say(f"{folder.root} is moved aside to {folder.set_aside()}")
@@ -63,14 +65,14 @@ def _train(recipe, args, folder) -> int:
         write_text(folder.resolved, dump(recipe))
         write_json(folder.identity, run.identity)
     accelerator.wait_for_everyone()
-    start = loop.resume(run)
+    start, window = loop.resume(run)
     if start:
         say(f"continues after step {start} of {recipe.train.max_steps}")
     if main:
         with open(folder.log, "a", encoding="utf-8") as f:
             f.write("\n".join(log) + "\n")
     try:
-        loop.train(run, start)
+        loop.train(run, start, window)
     except loop.Stopped as e:
         say("stopped and saved; the same command continues")
         return 128 + e.number

@@ -55,6 +55,8 @@ def read(file: Path) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of any mode: 16 bits are scaled (`convert` would clip them), transparency is laid over white."""
+    if image.mode == "F":       # nobody says where its white is; `convert` would make 0 … 1 black
+        raise UnreadablePicture("its pixels are floating point numbers; save it with 8 or 16 bits")
     if image.mode.startswith("I;16") or image.mode == "I":
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from finetune.artifact import Artifact, deltas, read_tensors, write_safetensors
@@ -44,15 +45,18 @@ class Source:
         return Path(self.path).name if Path(self.path).is_dir() else self.path
 
     def config(self, component: str) -> dict:
-        return json.loads(_fetch(self.path, f"{component}/config.json", self.revision).read_text())
+        return _object(self.path, f"{component}/config.json", self.revision)
 
     def load(self, cls: type, component: str, dtype: torch.dtype) -> nn.Module:
         """A frozen part in eval mode. Raises FinetuneError when it is not there or cannot be read."""
         try:
-            part = cls.from_pretrained(self.path, subfolder=component, revision=self.revision, use_safetensors=True,
-                                       variant=self.variant or self._only_variant(component), dtype=dtype)
-        except (OSError, ValueError, RuntimeError) as e:
+            part, found = cls.from_pretrained(self.path, subfolder=component, revision=self.revision, use_safetensors=True,
+                                              variant=self.variant or self._only_variant(component), dtype=dtype,
+                                              output_loading_info=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
             raise FinetuneError(f"base.path: {self.path}: its {component} cannot be loaded\n    {e}") from None
+        if missing := sorted(found["missing_keys"]):        # the libraries fill these with random numbers
+            raise FinetuneError(f"base.path: {self.path}: its {component} lacks {len(missing)} tensors, for example {missing[0]}")
         if any(p.dtype != dtype for p in part.parameters()):       # transformers keeps the file's own dtype
             part.to(dtype)
         return part.requires_grad_(False).eval()
@@ -71,11 +75,18 @@ def locate(path: str, revision: str | None = None, variant: str | None = None) -
         raise FinetuneError(f"base.path: {path} is a file; a diffusers folder or a hub id is needed")
     if Path(path).is_dir() and not Path(path, "model_index.json").is_file():
         raise FinetuneError(f"base.path: {path} is no diffusers folder: it has no model_index.json")
+    return Source(path, revision, variant, _object(path, "model_index.json", revision))
+
+
+def _object(path: str, file: str, revision: str | None) -> dict:
+    """A JSON file of the source."""
     try:
-        index = json.loads(_fetch(path, "model_index.json", revision).read_text())
-    except json.JSONDecodeError as e:
-        raise FinetuneError(f"base.path: {path}/model_index.json is not JSON: {e}") from None
-    return Source(path, revision, variant, index)
+        value = json.loads(_fetch(path, file, revision).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no object")
+    except ValueError as e:
+        raise FinetuneError(f"base.path: {path}/{file} is not JSON: {e}") from None
+    return value
 
 
 def quiet() -> None:
@@ -103,14 +114,14 @@ def _fetch(path: str, file: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(path, file, revision=revision))
     except (OSError, HFValidationError) as e:
-        reason = str(e).strip().splitlines()[0]
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise FinetuneError(f"base.path: {path} is neither `tiny`, nor a folder here, nor a hub model that can be reached\n"
                             f"    hub: {reason}") from None
 
 
 def check_family(source: Source, spec: FamilySpec, known: list[str]) -> None:
     """Raise FinetuneError when the source's pipeline is another family's."""
-    name = source.index.get("_class_name", "")
+    name = str(source.index.get("_class_name", ""))
     found = next((family for word, family in (("XL", "sdxl"), ("Diffusion3", "sd3"), ("Flux", "flux"))
                   if word in name), None)
     if not found and "unet" in source.index:

@@ -132,6 +132,8 @@ def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = N
         if not name.endswith("Scheduler"):      # the file names a class: nothing but a scheduler is built from it
             raise ValueError(f"model_index.json: {name!r} is no scheduler")
         scheduler = getattr(diffusers, name).from_pretrained(source.path, subfolder="scheduler", revision=revision)
-    except (OSError, ValueError, KeyError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise FinetuneError(f"base.path: {source.path}: its tokenizer or scheduler cannot be loaded\n    {e}") from None
+    if len(tokenizer) != (rows := parts["text"].config.vocab_size):     # without its files transformers makes an empty one
+        raise FinetuneError(f"base.path: {source.path}: its tokenizer has {len(tokenizer)} tokens, its text_encoder {rows}")
     return SD1(source, parts, tokenizer, scheduler)

@@ -25,7 +25,7 @@ class State:
     step: int                               # optimizer steps done
     parameters: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    optimizer_plain: dict                   # what of it is no tensor, as JSON can hold it
+    plain: dict                             # what of the state is no tensor, as JSON can hold it
     ema: dict[str, Tensor] | None
 
 
@@ -37,7 +37,7 @@ def save(folder: RunFolder, state: State, keep_last: int) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         write_safetensors(staging / "parameters.safetensors", state.parameters, {})
-        write_safetensors(staging / "optimizer.safetensors", state.optimizer, {"plain": json.dumps(state.optimizer_plain, sort_keys=True)})
+        write_safetensors(staging / "optimizer.safetensors", state.optimizer, {"plain": json.dumps(state.plain, sort_keys=True)})
         if state.ema is not None:
             write_safetensors(staging / "ema.safetensors", state.ema, {})
         files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
@@ -54,15 +54,17 @@ def save(folder: RunFolder, state: State, keep_last: int) -> Path:
     return final
 
 
-def newest(folder: RunFolder, say) -> State | None:
-    """The newest checkpoint whose every byte is as it was written; a damaged one is named and set aside."""
+def newest(folder: RunFolder, say, tidy: bool) -> State | None:
+    """The newest checkpoint whose every byte is as it was written. A damaged one is named and, by the one process that
+    may `tidy`, set aside."""
     for path in _folders(folder):
         try:
             return _load(path)
         except (FinetuneError, OSError, ValueError, KeyError) as e:
             aside = path.with_name(f"damaged-{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            if tidy:
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
             say(f"checkpoint {path.name} is damaged ({e}); set aside as {aside.name}")
     return None
 

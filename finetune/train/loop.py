@@ -14,6 +14,7 @@ from finetune.batch import Batch, Conditioning
 from finetune.errors import FinetuneError
 from finetune.optim.optimizer import load_state, state_tensors
 from finetune.optim.schedule import factor
+from finetune.runfolder import write_text
 from finetune.train import checkpoint
 from finetune.train.preview import generate, grid, resting
 from finetune.train.setup import Run, seed_step
@@ -26,7 +27,7 @@ class Stopped(Exception):
         self.number = number
 
 
-def train(run: Run, start: int) -> None:
+def train(run: Run, start: int, window: "Window") -> None:
     """Steps `start` … max_steps − 1, with logs, previews and checkpoints on the way; a checkpoint at the end.
 
     Raises Stopped after saving when SIGTERM or SIGINT came, FinetuneError when the numbers are no longer finite."""
@@ -34,7 +35,6 @@ def train(run: Run, start: int) -> None:
     every, last = recipe.every, recipe.train.max_steps
     stop = Stop()
     bar = tqdm(total=last, initial=start, unit="step", disable=not main, dynamic_ncols=True)
-    window = Window(run)
     if start == 0 and every.preview:
         preview(run, 0)
     for step in range(start, last):
@@ -45,7 +45,7 @@ def train(run: Run, start: int) -> None:
             bar.set_postfix(window.close(done), refresh=False)
         stopped = stop.received(accelerator)
         if done == last or stopped or (every.checkpoint and done % every.checkpoint == 0):
-            save(run, done)
+            save(run, done, window)
         if every.preview and done % every.preview == 0:
             preview(run, done)
         if stopped and done < last:
@@ -92,12 +92,18 @@ def to_device(batch: Batch, where: torch.device) -> Batch:
 class Window:
     """The steps between two log lines. Losses stay on the device until the line is written: no wait at every step."""
 
-    def __init__(self, run: Run):
-        self.run, self.losses, self.norms, self.begin = run, [], [], time.perf_counter()
+    def __init__(self, run: Run, losses: list[float] = (), norms: list[float] = ()):
+        where = run.accelerator.device
+        self.run, self.begin = run, time.perf_counter()
+        self.losses, self.norms = ([torch.tensor(value, device=where) for value in values] for values in (losses, norms))
 
     def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
         self.losses.append(loss)
         self.norms.append(norm)
+
+    def values(self) -> dict[str, list[float]]:
+        """What a checkpoint keeps, so that the log of a resumed run is that of an uninterrupted one."""
+        return {"losses": [t.item() for t in self.losses], "norms": [t.item() for t in self.norms]}
 
     def close(self, done: int) -> dict[str, str]:
         """Append the line to metrics.jsonl; what the bar shows. Raises FinetuneError for a loss that is not finite."""
@@ -138,7 +144,7 @@ class Stop:
         return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
 
 
-def save(run: Run, done: int) -> None:
+def save(run: Run, done: int, window: Window) -> None:
     """A checkpoint after `done` steps, by the main process. Raises FinetuneError for parameters that are not finite."""
     parameters = {name: p.detach().cpu().clone() for name, p in run.parameters.items()}
     if bad := [name for name, p in parameters.items() if not p.isfinite().all()]:
@@ -147,29 +153,32 @@ def save(run: Run, done: int) -> None:
     if run.accelerator.is_main_process:
         tensors, plain = state_tensors(run.optimizer.optimizer)
         scaler = run.accelerator.scaler         # float16 alone has one, and its scale is history that a resume needs
-        state = checkpoint.State(done, parameters, tensors, {"state": plain, "scaler": scaler and scaler.state_dict()},
+        plain = {"state": plain, "scaler": scaler and scaler.state_dict(), "window": window.values()}
+        state = checkpoint.State(done, parameters, tensors, plain,
                                  {n: t.cpu() for n, t in run.ema.average.items()} if run.ema else None)
         checkpoint.save(run.folder, state, run.recipe.train.keep_checkpoints)
     run.accelerator.wait_for_everyone()
 
 
-def resume(run: Run) -> int:
-    """Put back the newest valid checkpoint; the number of steps that are done."""
-    state = checkpoint.newest(run.folder, run.say)
+def resume(run: Run) -> tuple[int, Window]:
+    """Put back the newest valid checkpoint. Returns the number of steps that are done, and those not logged yet."""
+    state = checkpoint.newest(run.folder, run.say, tidy=run.accelerator.is_main_process)
     if state is None:
-        run.folder.metrics.unlink(missing_ok=True)
-        return 0
+        if run.accelerator.is_main_process:
+            run.folder.metrics.unlink(missing_ok=True)
+        return 0, Window(run)
     run.method.restore(state.parameters)
-    load_state(run.optimizer.optimizer, state.optimizer, state.optimizer_plain["state"])
+    load_state(run.optimizer.optimizer, state.optimizer, state.plain["state"])
     if run.accelerator.scaler:
-        run.accelerator.scaler.load_state_dict(state.optimizer_plain["scaler"])
+        run.accelerator.scaler.load_state_dict(state.plain["scaler"])
     if run.ema:
         for name, average in run.ema.average.items():
             average.copy_(state.ema[name])
     if run.accelerator.is_main_process and run.folder.metrics.exists():
         lines = run.folder.metrics.read_text().splitlines(keepends=True)
-        run.folder.metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= state.step))
-    return state.step
+        whole = [line for line in lines if line.endswith("\n")]     # a killed process may have left half a line
+        write_text(run.folder.metrics, "".join(line for line in whole if json.loads(line)["step"] <= state.step))
+    return state.step, Window(run, **state.plain["window"])
 
 
 def preview(run: Run, done: int) -> None:

@@ -44,6 +44,12 @@ def test_sixteen_bits_are_scaled_not_clipped(mode, tmp_path):
     assert [image.getpixel((x, 0)) for x in (0, 1, 128, 255)] == [(x,) * 3 for x in (0, 1, 128, 255)]
 
 
+def test_floating_point_pixels_are_refused_not_black(tmp_path):
+    Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(UnreadablePicture, match="floating point"):
+        read(tmp_path / "x.tif")
+
+
 def rgba(alpha) -> Image.Image:
     return Image.new("RGBA", (4, 4), (200, 0, 0, alpha))
 

@@ -63,8 +63,24 @@ def test_a_signal_saves_the_running_step(recipe, train, tmp_path, monkeypatch, n
     crash_before(monkeypatch, 2, lambda: os.kill(os.getpid(), number))
     assert train(recipe, tmp_path / "cut") == code
     assert (tmp_path / "cut" / "checkpoints" / "step-00000003").is_dir()
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "lo')          # as a kill in the middle of a write would leave it
     assert train(recipe, tmp_path / "cut") == 0
     assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+    assert trained(tmp_path / "cut") == trained(tmp_path / "whole")
+
+
+def test_a_second_start_is_refused(recipe, train, tmp_path, capsys):
+    from finetune.runfolder import RunFolder
+
+    assert train(recipe, tmp_path / "run") == 0
+    other = RunFolder(tmp_path / "run", "small")
+    other.lock()
+    for extra in ([], ["--fresh"]):
+        assert train(recipe, tmp_path / "run", *extra) == 2
+        assert f"in use by process {os.getpid()}" in capsys.readouterr().err
+    other._lock.close()             # as the end of that process would
+    assert train(recipe, tmp_path / "run") == 0
 
 
 def test_a_damaged_checkpoint_is_named_set_aside_and_not_used(recipe, train, tmp_path, monkeypatch, capsys):

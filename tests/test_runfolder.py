@@ -1,0 +1,91 @@
+import json
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from finetune import runfolder
+from finetune.errors import FinetuneError
+from finetune.runfolder import RunFolder, write_json, write_text
+
+
+def test_everything_lies_inside_under_the_recipes_name(tmp_path):
+    folder = RunFolder(tmp_path / "elsewhere", "dog")
+    assert folder.checkpoint(250) == tmp_path / "elsewhere" / "checkpoints" / "step-00000250"
+    assert folder.preview(250).name == "step-00000250.png"
+    assert folder.adapter("kohya", first=True) == tmp_path / "elsewhere" / "adapter" / "dog.safetensors"
+    assert folder.adapter("diffusers", first=False).name == "dog.diffusers.safetensors"
+    assert all(p.is_relative_to(folder.root) for p in (folder.recipe, folder.resolved, folder.identity, folder.metrics, folder.log))
+
+
+def test_it_is_made_and_made_again(tmp_path):
+    folder = RunFolder(tmp_path / "a" / "b", "x")
+    folder.create(0)
+    (folder.checkpoints / "kept").write_text("")
+    folder.create(0)
+    assert sorted(p.name for p in folder.root.iterdir()) == ["adapter", "checkpoints", "previews"]
+    assert (folder.checkpoints / "kept").exists() and not folder.begun()
+    write_json(folder.identity, {})
+    assert folder.begun()
+
+
+@pytest.mark.parametrize("free, enough", [(1_000_000, True), (999_999, False), (0, False)])
+def test_a_disk_without_room_is_told_before_the_run(tmp_path, monkeypatch, free, enough):
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - free, free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    folder = RunFolder(tmp_path / "run", "x")
+    if enough:
+        folder.create(1_000_000)
+    else:
+        with pytest.raises(FinetuneError, match=f"{folder.root} has {free / 1e6:,.0f} MB free.*1 MB.*--run"):
+            folder.create(1_000_000)
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    def refuse(path, data):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)      # root may write anywhere
+    with pytest.raises(FinetuneError, match="cannot be written: Permission denied.*--run"):
+        RunFolder(tmp_path / "run", "x").create(0)
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_file_in_the_way_is_told(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FinetuneError, match="cannot be written"):
+        RunFolder(tmp_path / place, "x").create(0)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_setting_aside_takes_the_first_free_number_and_loses_nothing(tmp_path):
+    for number in (1, 2, 3):
+        folder = RunFolder(tmp_path / "run", "x")
+        folder.create(0)
+        folder.log.write_text(str(number))
+        assert folder.set_aside() == tmp_path / f"run.old-{number}" and not folder.root.exists()
+    assert [(tmp_path / f"run.old-{n}" / "log.txt").read_text() for n in (1, 2, 3)] == ["1", "2", "3"]
+    shutil.rmtree(tmp_path / "run.old-2")
+    folder.create(0)
+    assert folder.set_aside().name == "run.old-2"
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch, failing):
+    write_text(tmp_path / "x", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(runfolder.os, failing, lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(OSError, match="full"):
+            write_text(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "old"
+    write_text(tmp_path / "x", "new ü")
+    assert (tmp_path / "x").read_text(encoding="utf-8") == "new ü" and os.listdir(tmp_path) == ["x"]
+
+
+def test_json_is_the_same_for_equal_values(tmp_path):
+    write_json(tmp_path / "a", {"b": 1, "a": "ü"})
+    write_json(tmp_path / "b", {"a": "ü", "b": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert json.loads((tmp_path / "a").read_text(encoding="utf-8")) == {"a": "ü", "b": 1}
