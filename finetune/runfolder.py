@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -19,9 +20,19 @@ class RunFolder:
     def __init__(self, root: Path, name: str):
         """`name` is the recipe's: it names the adapter, so that equal runs in two folders write equal files."""
         self.root, self.name = root, name
+        self._pending: list[str] | None = []        # what was said before the folder was made
         self.recipe, self.resolved, self.identity = root / "recipe.yaml", root / "resolved.yaml", root / "run.json"
         self.metrics, self.log = root / "metrics.jsonl", root / "log.txt"
         self.checkpoints, self.previews, self.adapters = root / "checkpoints", root / "previews", root / "adapter"
+
+    def say(self, line: str) -> None:
+        """To the terminal and to log.txt, as soon as the folder is this run's."""
+        print(line, file=sys.stderr, flush=True)
+        if self._pending is not None:
+            self._pending.append(line)
+        else:
+            with open(self.log, "a", encoding="utf-8") as f:
+                f.write(line + "\n")
 
     def adapter(self, format_name: str, first: bool) -> Path:
         """The file of an export: the recipe's first format has the plain name, others carry their own."""
@@ -76,6 +87,9 @@ class RunFolder:
         if free < needed_bytes:
             raise FinetuneError(f"the disk of {self.root} has {free / 1e6:,.0f} MB free, but the run may need "
                                 f"{needed_bytes / 1e6:,.0f} MB; make room or choose another disk with --run")
+        said, self._pending = self._pending or [], None
+        with open(self.log, "a", encoding="utf-8") as f:
+            f.writelines(line + "\n" for line in said)
 
     def _unwritable(self, error: OSError) -> FinetuneError:
         return FinetuneError(f"the run folder {self.root} cannot be written: {error.strerror}; choose another with --run")

@@ -21,12 +21,15 @@ def test_everything_lies_inside_under_the_recipes_name(tmp_path):
 
 
 def test_it_is_made_and_made_again(tmp_path):
-    folder = RunFolder(tmp_path / "a" / "b", "x")
-    folder.create(0)
-    (folder.checkpoints / "kept").write_text("")
-    folder.create(0)
-    assert sorted(p.name for p in folder.root.iterdir()) == ["adapter", "checkpoints", "previews"]
-    assert (folder.checkpoints / "kept").exists() and not folder.begun()
+    for said in ("one", "two"):     # two runs of the same command
+        folder = RunFolder(tmp_path / "a" / "b", "x")
+        folder.say(said)
+        folder.create(0)
+        (folder.checkpoints / said).write_text("")
+    folder.say("three")
+    assert folder.log.read_text() == "one\ntwo\nthree\n"
+    assert sorted(p.name for p in folder.root.iterdir() if p.is_dir()) == ["adapter", "checkpoints", "previews"]
+    assert (folder.checkpoints / "one").exists() and not folder.begun()
     write_json(folder.identity, {})
     assert folder.begun()
 
@@ -64,10 +67,11 @@ def test_setting_aside_takes_the_first_free_number_and_loses_nothing(tmp_path):
     for number in (1, 2, 3):
         folder = RunFolder(tmp_path / "run", "x")
         folder.create(0)
-        folder.log.write_text(str(number))
+        folder.recipe.write_text(str(number))
         assert folder.set_aside() == tmp_path / f"run.old-{number}" and not folder.root.exists()
-    assert [(tmp_path / f"run.old-{n}" / "log.txt").read_text() for n in (1, 2, 3)] == ["1", "2", "3"]
+    assert [(tmp_path / f"run.old-{n}" / "recipe.yaml").read_text() for n in (1, 2, 3)] == ["1", "2", "3"]
     shutil.rmtree(tmp_path / "run.old-2")
+    folder = RunFolder(tmp_path / "run", "x")
     folder.create(0)
     assert folder.set_aside().name == "run.old-2"
 
@@ -89,3 +93,17 @@ def test_json_is_the_same_for_equal_values(tmp_path):
     write_json(tmp_path / "b", {"a": "ü", "b": 1})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert json.loads((tmp_path / "a").read_text(encoding="utf-8")) == {"a": "ü", "b": 1}
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    first = RunFolder(tmp_path / "run", "x")
+    first.lock()
+    with pytest.raises(FinetuneError, match=f"{tmp_path / 'run'} is in use by process {os.getpid()} on .*--run"):
+        RunFolder(tmp_path / "run", "x").lock()
+    RunFolder(tmp_path / "beside", "x").lock()
+    first.create(0)
+    first.set_aside()       # the place stays this run's
+    with pytest.raises(FinetuneError, match="in use"):
+        RunFolder(tmp_path / "run", "x").lock()
+    del first               # however the process ends
+    RunFolder(tmp_path / "run", "x").lock()

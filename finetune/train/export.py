@@ -10,6 +10,7 @@ from finetune.artifact import Artifact, deltas
 from finetune.errors import FinetuneError
 from finetune.formats import base as formats
 from finetune.runfolder import RunFolder
+from finetune.train.setup import Run
 
 
 def write(artifact: Artifact, folder: RunFolder, format_names: list[str], spec) -> list[Path]:
@@ -36,22 +37,23 @@ def check(artifact: Artifact) -> None:
         raise FinetuneError("the adapter changes nothing: no adapter is written; raise train.learning_rate or train.max_steps")
 
 
-def metadata(recipe: dict, base: str, images: str, name: str, steps: int, examples: int, processes: int,
-             data: str) -> dict[str, str]:
-    """What every file of the run says about itself. `recipe` is the part that decides the trained numbers, without
-    private paths: an adapter travels. `data` is the fingerprint of pictures and captions."""
+def metadata(run: Run) -> dict[str, str]:
+    """What every file of the run says about itself: the part of the recipe that decides the trained numbers, with the
+    names of base and pictures but without the private paths to them, for an adapter travels."""
+    recipe, base, name = run.identity["exact"]["recipe"], run.family.source.name, run.folder.name
+    examples, images = len(run.loader.examples), Path(run.recipe.data.images).name
     public = recipe | {"base": recipe["base"] | {"path": base}, "data": recipe["data"] | {"images": images}}
     train = public["train"]
     return {
         "finetune.version": __version__,
         "finetune.recipe": json.dumps(public, sort_keys=True, ensure_ascii=False),
-        "finetune.data": data,
+        "finetune.data": run.identity["exact"]["data"],
         "ss_output_name": name,
         "ss_sd_model_name": base,
-        "ss_steps": str(steps),
+        "ss_steps": str(train["max_steps"]),
         "ss_max_train_steps": str(train["max_steps"]),
         "ss_num_train_images": str(examples),
-        "ss_num_batches_per_epoch": str(max(1, examples // (train["batch_size"] * processes))),
+        "ss_num_batches_per_epoch": str(max(1, examples // (train["batch_size"] * run.accelerator.num_processes))),
         "ss_batch_size_per_device": str(train["batch_size"]),
         "ss_gradient_accumulation_steps": str(train["gradient_accumulation"]),
         "ss_learning_rate": str(train["learning_rate"]),

@@ -17,7 +17,7 @@ from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.optim.ema import Ema
 from finetune.optim.optimizer import OPTIMIZERS
-from finetune.recipe import Recipe, training_part
+from finetune.recipe import Recipe, difference, training_part
 from finetune.runfolder import RunFolder
 from finetune.train.step import TrainStep
 
@@ -123,3 +123,19 @@ def encoded(family, method, examples: list[Example], view: View, accelerator: Ac
 def seed_step(seed: int, position: int) -> None:
     """Set every global generator from the position: dropout inside the network draws from them."""
     set_seed(derive(seed, position, "network") % 2**32)
+
+
+def check_identity(begun: dict, run: Run) -> None:
+    """Raise FinetuneError, with the differences, when the run in the folder is another one than this."""
+    if differences := difference(begun["exact"], run.identity["exact"]):
+        raise FinetuneError("\n    ".join([f"{run.folder.root} holds a run that this one cannot continue:", *differences,
+                            "--fresh moves it aside and starts anew; --run DIR starts beside it"]))
+    for line in difference(begun["rounding"], run.identity["rounding"]):
+        run.say(f"note: since the run began, {line}: the last digits may differ")
+
+
+def needed_bytes(run: Run) -> int:
+    """An upper estimate of what the run writes: checkpoints (one more than are kept), adapters, previews and log."""
+    trained = sum(p.numel() * 4 for p in run.parameters.values())
+    checkpoint = trained * (4 if run.ema else 3)
+    return checkpoint * (run.recipe.train.keep_checkpoints + 1) + trained * len(run.recipe.export) + 20_000_000
