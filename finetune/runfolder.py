@@ -4,7 +4,6 @@
     checkpoints/step-00000250/  previews/step-00000250.png  adapter/NAME.safetensors
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,13 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from finetune.errors import FinetuneError
 
 
 class RunFolder:
     def __init__(self, root: Path, name: str):
         """`name` is the recipe's: it names the adapter, so that equal runs in two folders write equal files."""
-        self.root, self.name = root, name
+        self.root, self.name = root if root.name not in ("", "..") else root.resolve(), name
+        root = self.root
         self._pending: list[str] | None = []        # what was said before the folder was made
         self.recipe, self.resolved, self.identity = root / "recipe.yaml", root / "resolved.yaml", root / "run.json"
         self.metrics, self.log = root / "metrics.jsonl", root / "log.txt"
@@ -49,25 +51,26 @@ class RunFolder:
 
     def lock(self) -> None:
         """Hold the folder until this process ends, however it ends. Raises FinetuneError when another process holds it."""
+        # Beside the folder, which may be moved aside. The system frees the lock when the process ends.
+        lock, owner = (self.root.with_name(f".{self.root.name}.{kind}") for kind in ("lock", "owner"))
         try:
             self.root.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.root.with_name(f".{self.root.name}.lock"), "a+")     # beside it: the folder may move
+            self._lock = FileLock(lock)
+            self._lock.acquire(blocking=False)
+            write_text(owner, f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        except Timeout:
+            who = owner.read_text() if owner.exists() else "another process"
+            raise FinetuneError(f"{self.root} is in use by {who}; wait for it, stop it, or start beside it with --run DIR") from None
         except OSError as e:
             raise self._unwritable(e) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            raise FinetuneError(f"{self.root} is in use by {self._lock.read().strip() or 'another process'}; "
-                                "wait for it, stop it, or start beside it with --run DIR") from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        self._lock.flush()
 
     def set_aside(self) -> Path:
         """Move the whole folder to the first free NAME.old-N."""
         number = next(n for n in range(1, 10**6) if not self._old(n).exists())
-        self.root.rename(self._old(number))
+        try:
+            self.root.rename(self._old(number))
+        except OSError as e:
+            raise self._unwritable(e) from None
         return self._old(number)
 
     def _old(self, number: int) -> Path:
@@ -83,13 +86,17 @@ class RunFolder:
             probe.unlink()
         except OSError as e:
             raise self._unwritable(e) from None
-        free = shutil.disk_usage(self.root).free
-        if free < needed_bytes:
-            raise FinetuneError(f"the disk of {self.root} has {free / 1e6:,.0f} MB free, but the run may need "
-                                f"{needed_bytes / 1e6:,.0f} MB; make room or choose another disk with --run")
+        self.check_room(needed_bytes)
         said, self._pending = self._pending or [], None
         with open(self.log, "a", encoding="utf-8") as f:
             f.writelines(line + "\n" for line in said)
+
+    def check_room(self, needed_bytes: int) -> None:
+        """Raise FinetuneError when the disk has less room."""
+        existing = next(p for p in (self.root.resolve(), *self.root.resolve().parents) if p.exists())
+        if (free := shutil.disk_usage(existing).free) < needed_bytes:
+            raise FinetuneError(f"the disk of {self.root} has {free / 1e6:,.0f} MB free, but the run may need "
+                                f"{needed_bytes / 1e6:,.0f} MB; make room or choose another disk with --run")
 
     def _unwritable(self, error: OSError) -> FinetuneError:
         return FinetuneError(f"the run folder {self.root} cannot be written: {error.strerror}; choose another with --run")

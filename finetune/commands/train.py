@@ -38,13 +38,14 @@ def _train(recipe, args, folder) -> int:
 
     from finetune.recipe import dump
     from finetune.runfolder import write_json, write_text
-    from finetune.train import export, loop, setup
+    from finetune.train import export, loop, setup, verify
 
     accelerator = setup.accelerate(recipe)
     main = accelerator.is_main_process
     say = folder.say if main else (lambda line: None)
     if main:
         folder.lock()
+        folder.check_room(20_000_000)       # the exact need is known when everything is loaded
     run = setup.prepare(recipe, folder, accelerator, say)
     if args.fresh and main and folder.root.exists():
         say(f"{folder.root} is moved aside to {folder.set_aside()}")
@@ -68,9 +69,10 @@ def _train(recipe, args, folder) -> int:
         return 128 + e.number
     if main:
         with run.ema.swapped() if run.ema else nullcontext():
-            artifact = run.method.export(export.metadata(run))
-        for path in export.write(artifact, folder, recipe.export, run.family.spec):
-            say(f"adapter   {path} ({os.path.getsize(path) / 1000:,.0f} KB)")
+            paths = export.write(run.method.export(export.metadata(run)), folder, recipe.export, run.family.spec)
+            proof = export.prove(run, paths)
+        for path in paths:
+            say(f"adapter   {path} ({os.path.getsize(path) / 1000:,.0f} KB)\n{verify.table(proof[path.name])}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0

@@ -9,14 +9,19 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from finetune.errors import FinetuneError
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000
 BACKDROP = (255, 255, 255)      # what transparent pixels are laid over
 
 
-class UnreadablePicture(Exception):
-    """Why a file cannot be used as a picture."""
+class UnreadablePicture(FinetuneError):
+    """A file that cannot be used as a picture, and why."""
+
+    def __init__(self, file: Path, reason: str):
+        super().__init__(f"{file}: not a readable picture ({reason}); repair or remove it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +46,22 @@ def read(file: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(file, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise UnreadablePicture(f"{image.width} × {image.height} pixels, more than {MAX_PIXELS // 10**6} million")
+                    raise UnreadablePicture(file, f"{image.width} × {image.height} pixels, more than {MAX_PIXELS // 10**6} million")
                 image.load()            # `verify` passes half a JPEG; only a full decode tells
                 image = ImageOps.exif_transpose(image)
                 return to_rgb(image)
     except UnreadablePicture:
         raise
     except Image.DecompressionBombError:
-        raise UnreadablePicture(f"more than {MAX_PIXELS // 10**6} million pixels") from None
+        raise UnreadablePicture(file, f"more than {MAX_PIXELS // 10**6} million pixels") from None
     except Exception as e:              # a decoder may fail in any way; the file is the culprit, and it is named
-        raise UnreadablePicture(str(e).splitlines()[0] if str(e) else type(e).__name__) from None
+        raise UnreadablePicture(file, str(e).splitlines()[0] if str(e) else type(e).__name__) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of any mode: 16 bits are scaled (`convert` would clip them), transparency is laid over white."""
     if image.mode == "F":       # nobody says where its white is; `convert` would make 0 … 1 black
-        raise UnreadablePicture("its pixels are floating point numbers; save it with 8 or 16 bits")
+        raise ValueError("its pixels are floating point numbers; save it with 8 or 16 bits")
     if image.mode.startswith("I;16") or image.mode == "I":
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -66,8 +71,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def plan_crop(width: int, height: int, resolution: int, where: tuple[float, float]) -> Crop:
-    """The crop at the fractions (vertical, horizontal) `where` of the room there is; (0.5, 0.5) is the centre."""
+    """The crop at the fractions (vertical, horizontal) `where` of the room there is; (0.5, 0.5) is the centre.
+
+    Raises FinetuneError for a strip so narrow that scaling it would fill the memory."""
     scaled_w, scaled_h = scaled(width, height, resolution)
+    if scaled_w * scaled_h > MAX_PIXELS:
+        raise FinetuneError(f"{width} × {height} pixels are too narrow: with the short side at {resolution} they would be "
+                            f"{scaled_w} × {scaled_h}; crop the picture")
     top, left = (round((side - resolution) * f) for side, f in zip((scaled_h, scaled_w), where))
     return Crop(height, width, top, left, resolution)
 

@@ -50,7 +50,7 @@ def scan(folder: str, template: str) -> list[Example]:
         try:
             picture = read(file)
         except UnreadablePicture as e:
-            problems.append(f"{file}: not a readable picture ({e}); repair or remove it")
+            problems.append(str(e))
         else:
             examples.append(Example(file, columns, hashlib.sha256(file.read_bytes()).hexdigest(),
                                     picture.width, picture.height))

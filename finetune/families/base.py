@@ -126,8 +126,8 @@ def check_family(source: Source, spec: FamilySpec, known: list[str]) -> None:
                   if word in name), None)
     if not found and "unet" in source.index:
         config = source.config("unet")
-        if config.get("in_channels") == 9:
-            found = "sd1 inpainting (9 channels)"
+        if (channels := config.get("in_channels")) != 4 or config.get("class_embed_type"):
+            found = f"a variant of Stable Diffusion with {channels} input channels (inpainting, depth, upscaling, …)"
         elif config.get("cross_attention_dim") == 1024:
             found = "sd2"
     if found or not name.startswith("StableDiffusion"):
@@ -137,9 +137,24 @@ def check_family(source: Source, spec: FamilySpec, known: list[str]) -> None:
 
 def weight(parts: dict[str, nn.Module], part: str, path: str) -> nn.Parameter | None:
     """The weight of a module by its published name; transformers ≥ 5.6 drops `text_model.` in memory."""
-    modules = dict(parts[part].named_modules()) if part in parts else {}
-    module = modules.get(path) or modules.get(path.removeprefix("text_model."))
-    return getattr(module, "weight", None)
+    for name in (path, path.removeprefix("text_model.")):
+        try:
+            return parts[part].get_submodule(name).weight
+        except (KeyError, AttributeError):
+            continue
+    return None
+
+
+def misfits(parts: dict[str, nn.Module], artifact: Artifact) -> list[str]:
+    """The modules of an adapter that these parts do not have, or have in another shape."""
+    found = []
+    for part, path, delta in deltas(artifact):
+        p = weight(parts, part, path)
+        if p is None:
+            found.append(f"{part}.{path}: the base has no such module")
+        elif p.shape != delta.shape:
+            found.append(f"{part}.{path}: shape {tuple(delta.shape)}, but the base has {tuple(p.shape)}")
+    return found
 
 
 @torch.no_grad()
@@ -153,14 +168,11 @@ def merge(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]) -
         for part, path, delta in deltas(artifact):
             key = (part, path)
             sums[key] = sums[key] + strength * delta if key in sums else strength * delta
+    wrong = [misfit for artifact, _ in adapters for misfit in misfits(parts, artifact)]
+    if wrong:
+        raise FinetuneError(f"the adapter does not fit this base: {len(wrong)} of {len(sums)} modules\n    "
+                            + "\n    ".join(wrong[:5]))
     targets = {key: weight(parts, *key) for key in sums}
-    misfits = [f"{part}.{path}: " + ("the base has no such module" if targets[part, path] is None else
-               f"shape {tuple(delta.shape)}, but the base has {tuple(targets[part, path].shape)}")
-               for (part, path), delta in sums.items()
-               if targets[part, path] is None or targets[part, path].shape != delta.shape]
-    if misfits:
-        raise FinetuneError(f"the adapter does not fit this base: {len(misfits)} of {len(sums)} modules\n    "
-                            + "\n    ".join(misfits[:5]))
     before = [(p, p.detach().clone()) for p in targets.values()]
     for key, p in targets.items():
         p.copy_(p.float() + sums[key].to(p.device))

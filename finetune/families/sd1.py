@@ -48,9 +48,10 @@ class SD1:
 
     @torch.no_grad()
     def moments(self, pixels_B3HW: Tensor) -> Tensor:
-        """Mean and log-variance of the VAE's posterior, (B, 2C, h, w) float32."""
+        """Mean and log-variance of the VAE's posterior, (B, 2C, h, w) float32; the same inside the loop as before it."""
         vae = self.parts["vae"]
-        posterior = vae.encode(pixels_B3HW.to(vae.device, vae.dtype)).latent_dist
+        with torch.autocast(vae.device.type, enabled=False):
+            posterior = vae.encode(pixels_B3HW.to(vae.device, vae.dtype)).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], 1).float()
 
     def latents(self, moments: Tensor, noise_BChw: Tensor) -> Tensor:

@@ -27,5 +27,8 @@ class Method(Protocol):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put `parameters()` back, bit for bit. Raises FinetuneError when names or shapes do not fit."""
 
+    def at(self, strength: float):
+        """A context in which what is trained counts `strength` times, as a user of the file would have it."""
+
     def off(self):
         """A context in which the family is the untouched base."""

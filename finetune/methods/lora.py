@@ -31,7 +31,7 @@ class Lora:
         self.family, self.denoiser = family.spec.name, family.parts["denoiser"]
         self.paths = resolve(self.targets, self.denoiser, family.spec)
         with torch.random.fork_rng():
-            torch.manual_seed(noise.derive(self.seed, 0, "lora init"))
+            torch.manual_seed(noise.derive(self.seed, 0, "lora init") % 2**63)
             self.denoiser.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout,
                                                  target_modules=self.paths))
         cast_training_params(self.denoiser, torch.float32)      # peft gives an adapter the dtype of its base
@@ -60,6 +60,18 @@ class Lora:
             p.copy_(tensors[name])
 
     @contextmanager
+    def at(self, strength: float):
+        """Inside, the difference is multiplied by `strength`."""
+        modules = [self.denoiser.get_submodule(path) for path in self.paths]
+        try:
+            for module in modules:
+                module.set_scale("default", strength)
+            yield
+        finally:
+            for module in modules:
+                module.set_scale("default", 1.0)
+
+    @contextmanager
     def off(self):
         self.denoiser.disable_adapters()
         try:
@@ -79,8 +91,8 @@ def resolve(targets: list[str], module: nn.Module, spec) -> list[str]:
 
     chosen: set[str] = set()
     for target in targets:
-        found = {path for pattern in spec.targets.get(target, (target,)) for path in fitting(pattern, paths)}
-        if not found:
+        found = [fitting(pattern, paths) for pattern in spec.targets.get(target, (target,))]
+        if not all(found):
             if unfit := fitting(target, others):
                 what = type(module.get_submodule(sorted(unfit)[0])).__name__
                 why = f"names {len(unfit)} modules ({what}), none of them a Linear or Conv2d; add `.*` for what is inside"
@@ -93,7 +105,7 @@ def resolve(targets: list[str], module: nn.Module, spec) -> list[str]:
                     why += f"\n    nearest: {near[0]!r}" + (f" ({last[near[0]]} modules)" if near[0] in last else "")
                 why += f"\n    groups: {', '.join(spec.targets)}"
             raise FinetuneError(f"method.targets: {target!r} {why}")
-        chosen |= found
+        chosen.update(*found)
     return sorted(chosen)
 
 

@@ -33,8 +33,11 @@ def save(folder: RunFolder, state: State, keep_last: int) -> Path:
     """Write the checkpoint, then prune older ones. A failure leaves the earlier checkpoints untouched."""
     final = folder.checkpoint(state.step)
     staging = final.with_name(f".{final.name}.part")
+    if final.exists():      # complete, or it would not have its name; and a step has one outcome
+        return final
     try:
-        shutil.rmtree(staging, ignore_errors=True)
+        for torn in folder.checkpoints.glob(".step-*.part"):
+            shutil.rmtree(torn)
         staging.mkdir(parents=True)
         write_safetensors(staging / "parameters.safetensors", state.parameters, {})
         write_safetensors(staging / "optimizer.safetensors", state.optimizer, {"plain": json.dumps(state.plain, sort_keys=True)})
@@ -43,14 +46,12 @@ def save(folder: RunFolder, state: State, keep_last: int) -> Path:
         files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
         write_json(staging / MANIFEST, {"step": state.step, "files": files})
         _sync(staging)
-        if final.exists():
-            shutil.rmtree(final)
         os.replace(staging, final)
         _sync(final.parent)
+        for old in _folders(folder)[keep_last:]:
+            shutil.rmtree(old)
     except OSError as e:
         raise FinetuneError(f"the checkpoint {final} cannot be written: {e.strerror}; earlier checkpoints are untouched") from None
-    for old in _folders(folder)[keep_last:]:
-        shutil.rmtree(old)
     return final
 
 
@@ -92,6 +93,8 @@ def _sha256(path: Path) -> str:
 
 
 def _sync(folder: Path) -> None:
+    if os.name == "nt":     # Windows cannot open a folder, and journals the rename by itself
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

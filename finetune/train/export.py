@@ -9,7 +9,8 @@ from finetune import __version__
 from finetune.artifact import Artifact, deltas
 from finetune.errors import FinetuneError
 from finetune.formats import base as formats
-from finetune.runfolder import RunFolder
+from finetune.runfolder import RunFolder, write_text
+from finetune.train import verify
 from finetune.train.setup import Run
 
 
@@ -25,6 +26,19 @@ def write(artifact: Artifact, folder: RunFolder, format_names: list[str], spec) 
         assert same, f"{path}: what was written is not what was trained"
         paths.append(path)
     return paths
+
+
+def prove(run: Run, paths: list[Path]) -> dict[str, list[verify.Check]]:
+    """Check each file against the training model; verify.json keeps the result. Raises FinetuneError when one fails."""
+    expected = {}
+    for strength in verify.STRENGTHS:
+        with run.method.at(strength):
+            expected[strength] = verify.probe(run.family)
+    results = {path.name: verify.verify(path, run.family, expected) for path in paths}
+    write_text(run.folder.adapters / "verify.json", verify.as_json(results))
+    for path in paths:
+        verify.refuse_failures(path, results[path.name])
+    return results
 
 
 def check(artifact: Artifact) -> None:

@@ -1,6 +1,7 @@
 """The loop: every method, family and objective goes through here."""
 
 import json
+import math
 import signal
 import time
 from contextlib import nullcontext
@@ -75,7 +76,7 @@ def one_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     norm = accelerator.clip_grad_norm_(run.parameters.values(), recipe.clip_norm or float("inf"))
     run.optimizer.step()
     run.optimizer.zero_grad()
-    if run.ema:
+    if run.ema and not accelerator.optimizer_step_was_skipped:       # float16 skips a step that overflowed
         run.ema.update(step)
     return total, norm
 
@@ -109,11 +110,12 @@ class Window:
         """Append the line to metrics.jsonl; what the bar shows. Raises FinetuneError for a loss that is not finite."""
         run, accelerator = self.run, self.run.accelerator
         loss = accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             raise FinetuneError(f"step {done}: the loss is not finite; nothing of it is saved, the last checkpoint stays. "
                                 "Lower train.learning_rate and start again with --fresh")
         seconds = time.perf_counter() - self.begin
-        line = {"step": done, "loss": loss, "grad_norm": torch.stack(self.norms).mean().item(),
+        norm = torch.stack(self.norms).mean().item()
+        line = {"step": done, "loss": loss, "grad_norm": norm if math.isfinite(norm) else None,
                 "lr": run.optimizer.param_groups[0]["lr"],
                 "images_per_second": round(run.positions_per_step * len(self.losses) / seconds, 3),
                 "memory_mb": device.memory_mb(accelerator.device)}

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import GradientAccumulationPlugin, set_seed
 from PIL import Image
 
 from finetune import __version__, device, registry
@@ -49,9 +50,10 @@ class Run:
 
 
 def accelerate(recipe: Recipe) -> Accelerator:
-    """The recipe's precision wins over `accelerate config`."""
+    """The recipe wins over `accelerate config` and its environment variables."""
     try:
-        return Accelerator(mixed_precision=recipe.train.mixed_precision)
+        return Accelerator(mixed_precision=recipe.train.mixed_precision, dynamo_backend="no",
+                           gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     except ValueError as e:
         raise FinetuneError(f"train.mixed_precision: {recipe.train.mixed_precision} is not available here: {e}") from None
 
@@ -72,7 +74,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     identity = {
         "exact": {"recipe": training_part(recipe), "data": fingerprint(examples), "base": families.fingerprint(family.parts),
                   "processes": accelerator.num_processes, "device": accelerator.device.type},
-        "rounding": {"threads": threads, "torch": torch.__version__, "finetune": __version__},
+        "rounding": {"threads": threads, "torch": torch.__version__, "numpy": numpy.__version__, "finetune": __version__},
     }
 
     method = install(recipe, family)

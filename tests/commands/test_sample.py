@@ -89,3 +89,24 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, capsys):
     formats.save(Artifact("lora", "sd1", tensors, {}), path, "kohya", registry.find("families", "sd1").SPEC)
     assert sample(tmp_path / "out", "--prompt", "x", "--adapter", path) == 2
     assert "does not fit this base" in capsys.readouterr().err
+
+
+def test_verify_and_convert(tmp_path, adapter, capsys):
+    assert main(["convert", str(adapter), "--to", "diffusers", "--out", str(tmp_path / "d.safetensors")]) == 0
+    for file in (adapter, tmp_path / "d.safetensors"):
+        assert main(["verify", str(file)]) == 0
+        said = capsys.readouterr().out
+        assert "FAIL" not in said and "diffusers at strength 0.5" in said
+    assert main(["convert", str(tmp_path / "d.safetensors"), "--to", "kohya", "--out", str(tmp_path / "k.safetensors")]) == 0
+    one, other = (formats.load(p, registry.find("families", "sd1").SPEC).tensors for p in (adapter, tmp_path / "k.safetensors"))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert main(["convert", str(adapter), "--to", "kohia", "--out", str(tmp_path / "x.safetensors")]) == 2
+    assert main(["convert", str(adapter), "--to", "kohya", "--out", str(adapter)]) == 2
+
+
+def test_verify_fails_a_file_that_does_nothing(tmp_path, capsys):
+    tensors = {f"{PATH}.lora_A": torch.ones(2, 128), f"{PATH}.lora_B": torch.zeros(64, 2), f"{PATH}.alpha": torch.tensor(1.0)}
+    path = tmp_path / "nothing.safetensors"
+    formats.save(Artifact("lora", "sd1", tensors, {}), path, "kohya", registry.find("families", "sd1").SPEC)
+    assert main(["verify", str(path)]) == 2
+    assert "FAIL  not zero" in capsys.readouterr().out

@@ -79,7 +79,7 @@ def test_a_second_start_is_refused(recipe, train, tmp_path, capsys):
     for extra in ([], ["--fresh"]):
         assert train(recipe, tmp_path / "run", *extra) == 2
         assert f"in use by process {os.getpid()}" in capsys.readouterr().err
-    other._lock.close()             # as the end of that process would
+    other._lock.release()           # as the end of that process would
     assert train(recipe, tmp_path / "run") == 0
 
 

@@ -32,7 +32,7 @@ def test_the_run_folder_is_what_the_contract_says(recipe, train, tmp_path):
     assert train(recipe, tmp_path / "run", *settings(export="[kohya, diffusers]")) == 0
     run = tmp_path / "run"
     for name in ("recipe.yaml", "resolved.yaml", "run.json", "metrics.jsonl", "log.txt",
-                 "adapter/small.safetensors", "adapter/small.diffusers.safetensors"):
+                 "adapter/small.safetensors", "adapter/small.diffusers.safetensors", "adapter/verify.json"):
         assert (run / name).is_file(), name
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6]
