@@ -51,18 +51,34 @@ class RunFolder:
 
     def lock(self) -> None:
         """Hold the folder until this process ends, however it ends. Raises FinetuneError when another process holds it."""
-        # Beside the folder, which may be moved aside. The system frees the lock when the process ends.
-        lock, owner = (self.root.with_name(f".{self.root.name}.{kind}") for kind in ("lock", "owner"))
         try:
             self.root.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(lock)
+            self._lock = FileLock(self._beside("lock"))
             self._lock.acquire(blocking=False)
-            write_text(owner, f"process {os.getpid()} on {socket.gethostname()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
+            write_json(self._beside("owner"), {"pid": os.getpid(), "host": socket.gethostname(),
+                                               "started": time.strftime("%Y-%m-%d %H:%M:%S")})
         except Timeout:
-            who = owner.read_text() if owner.exists() else "another process"
-            raise FinetuneError(f"{self.root} is in use by {who}; wait for it, stop it, or start beside it with --run DIR") from None
+            who = self.owner()
+            raise FinetuneError(f"{self.root} is in use by process {who['pid']} on {who['host']}, started {who['started']}; wait "
+                                "for it, stop it (finetune stop), or start beside it with --run DIR") from None
         except OSError as e:
             raise self._unwritable(e) from None
+
+    def owner(self) -> dict | None:
+        """Who holds the folder: pid, host, started. None when nobody does, whatever an ended process left lying."""
+        lock = FileLock(self._beside("lock"))
+        try:
+            if not self._beside("lock").exists():
+                return None
+            lock.acquire(blocking=False)
+            lock.release()
+            return None
+        except Timeout:
+            return json.loads(self._beside("owner").read_text())
+
+    def _beside(self, kind: str) -> Path:
+        """Beside the folder, not in it: the folder may be moved aside."""
+        return self.root.with_name(f".{self.root.name}.{kind}")
 
     def set_aside(self) -> Path:
         """Move the whole folder to the first free NAME.old-N."""

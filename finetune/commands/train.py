@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +15,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from finetune.errors import FinetuneError
     from finetune.recipe import load
     from finetune.runfolder import RunFolder
     from finetune.train import processes
@@ -25,12 +23,8 @@ def run(args) -> int:
     processes.start_missing()
     name = Path(args.recipe).stem
     folder = RunFolder(args.run or Path("runs") / name, name)
-    try:
+    with loaded.placing():
         return _train(loaded.recipe, args, folder)
-    except FinetuneError as e:
-        # A problem that names a field is found by its line.
-        key = re.match(r"[a-z_]+(\.[a-z_0-9]+)*(?=: )", str(e))
-        raise FinetuneError(f"{loaded.at(key[0])}  {e}" if key else str(e)) from e
 
 
 def _train(recipe, args, folder) -> int:

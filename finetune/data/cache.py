@@ -171,7 +171,7 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
     for name, files in shards(folder).items():
         kind = name.partition("-")[0]
         entries, size = found.get(kind, (0, 0))
-        found[kind] = entries + len(read_index(folder / f"{name}.index")), size + sum(f.stat().st_size for f in files)
+        found[kind] = entries + len(read_index(folder / f"{name}.index")), size + sum(s.st_size for s in files.values())
     return found
 
 
@@ -179,17 +179,19 @@ def collect(folder: Path, days: float) -> int:
     """Remove the shards that nobody has written or found anything in for that long; returns the bytes freed."""
     freed = 0
     for files in shards(folder).values():
-        stats = [file.stat() for file in files]
-        if max(s.st_mtime for s in stats) <= time.time() - days * 86400:
-            for file in files:
-                file.unlink()
-            freed += sum(s.st_size for s in stats)
+        if max(s.st_mtime for s in files.values()) <= time.time() - days * 86400:
+            for file, s in files.items():
+                file.unlink(missing_ok=True)
+                freed += s.st_size
     return freed
 
 
-def shards(folder: Path) -> dict[str, list[Path]]:
-    """The files of each shard, the index before the data: a row without data is damage, data without a row is not."""
-    found: dict[str, list[Path]] = {}
-    for file in sorted(folder.glob("*.data")) + sorted(folder.glob("*.index")):
-        found.setdefault(file.stem, []).insert(0, file)
+def shards(folder: Path) -> dict[str, dict[Path, os.stat_result]]:
+    """The files of each shard, the index first: data without a row is nothing, a row without data is damage."""
+    found: dict[str, dict[Path, os.stat_result]] = {}
+    for pattern in ("*.index", "*.data"):
+        for file in folder.glob(pattern):
+            with suppress(FileNotFoundError):       # another process collects too
+                stat = file.stat()
+                found.setdefault(file.stem, {})[file] = stat
     return found

@@ -36,8 +36,8 @@ class View:
 class Encoded:
     """Everything the frozen encoders have to say, computed once."""
 
-    moments: list[Tensor] | None            # per example (variants, 2C, h, w); variant 1 is mirrored. None: crops are random
-    text: dict[str, Conditioning] | None    # per caption, batch of one. None: the text encoder is trained
+    moments: Callable[[int, bool], Tensor] | None   # (example, mirrored) -> (2C, h, w). None: crops are random
+    text: Callable[[str], Conditioning] | None      # caption -> batch of one. None: the text encoder is trained
     sample: Callable[[Tensor, Tensor], Tensor]      # (moments, noise) -> latents
 
 
@@ -71,8 +71,7 @@ class Loader:
         captions, crops = [self.caption(p) for p in positions], [self.crop(p) for p in positions]
         pixels = latents = conditioning = None
         if self.encoded and self.encoded.moments:
-            rows = [self.encoded.moments[self.example(p)] for p in positions]
-            moments = torch.stack([row[int(self.flipped(p))] for row, p in zip(rows, positions)])
+            moments = torch.stack([self.encoded.moments(self.example(p), self.flipped(p)) for p in positions])
             shape = (moments.shape[1] // 2, *moments.shape[2:])
             latents = self.encoded.sample(moments, noise.normal(shape, self.seed, positions, "posterior"))
         else:
@@ -80,7 +79,7 @@ class Loader:
             pixels = torch.stack([fit(read(file), crop, self.flipped(p))
                                   for file, crop, p in zip(files, crops, positions)])
         if self.encoded and self.encoded.text:
-            states = [self.encoded.text[c] for c in captions]
+            states = [self.encoded.text(c) for c in captions]
             pooled = None if states[0].pooled is None else torch.cat([s.pooled for s in states])
             conditioning = Conditioning(torch.cat([s.tokens for s in states]), pooled)
         return Batch(positions, captions, torch.ones(len(positions)),

@@ -206,3 +206,17 @@ def fingerprint(parts: dict[str, nn.Module]) -> str:
             whole.update(f"{part}.{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return whole.hexdigest()
+
+
+def settings(module: nn.Module) -> dict:
+    """What a part's config says beside its weights, such as the activation; not where it lies and who saved it."""
+    config = module.config
+    values = config.to_diff_dict() if hasattr(config, "to_diff_dict") else config
+    return {name: value for name, value in values.items()
+            if not name.startswith("_") and name not in ("architectures", "dtype", "transformers_version")}
+
+
+def vocabulary(tokenizer) -> dict:
+    """All that decides which tokens a text becomes; calls of the tokenizer leave their padding behind, so not that."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {"length": tokenizer.model_max_length} | {k: v for k, v in rules.items() if k not in ("padding", "truncation")}

@@ -1,7 +1,9 @@
 """A recipe file and the overrides of the command line → a checked Recipe, and where each word was written."""
 
+import re
 import sys
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +28,15 @@ class Loaded:
     def at(self, key: str) -> str:
         """`recipes/dog.yaml:9` or `--set train.seed=1`: where a dotted key, or what holds it, was written."""
         return _place(self.places, _canonical(tuple(key.split("."))))[1]
+
+    @contextmanager
+    def placing(self):
+        """Inside, a problem that begins with the name of a field is told with the place where the field was written."""
+        try:
+            yield
+        except FinetuneError as e:
+            key = re.match(r"[a-z_]+(\.[a-z_0-9]+)*(?=: )", str(e))
+            raise FinetuneError(f"{self.at(key[0])}  {e}" if key else str(e)) from e
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:

@@ -1,6 +1,7 @@
 """Where everything meets: the recipe becomes plain arguments, and these become a run that is ready to step."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy
@@ -10,7 +11,8 @@ from accelerate.utils import GradientAccumulationPlugin, set_seed
 from PIL import Image
 
 from finetune import __version__, device, registry
-from finetune.data import encode
+from finetune.data import cache, encode
+from finetune.data.cache import Cache
 from finetune.data.loader import Encoded, Loader, View
 from finetune.data.scan import Example, fingerprint, scan
 from finetune.diffusion.noise import derive
@@ -23,6 +25,16 @@ from finetune.runfolder import RunFolder
 from finetune.train.step import TrainStep
 
 Say = Callable[[str], None]
+
+
+@dataclass
+class Ground:
+    """What a run stands on, before a method changes the base."""
+
+    examples: list[Example]
+    view: View
+    family: object
+    weights: dict[str, str]             # part -> hash of its weights
 
 
 @dataclass
@@ -58,29 +70,36 @@ def accelerate(recipe: Recipe) -> Accelerator:
         raise FinetuneError(f"train.mixed_precision: {recipe.train.mixed_precision} is not available here: {e}") from None
 
 
-def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Say) -> Run:
-    """Load, scan, install, encode. Raises FinetuneError for all that cannot work, before anything is trained."""
-    train = recipe.train
-    threads = device.set_threads(train.threads)
-    device.check_precision(train.mixed_precision, recipe.base.dtype, accelerator.device)
+def load(recipe: Recipe, accelerator: Accelerator) -> Ground:
+    """The pictures and the base, on the device. Raises FinetuneError for what cannot be read, or not be together."""
+    device.set_threads(recipe.train.threads)
+    device.check_precision(recipe.train.mixed_precision, recipe.base.dtype, accelerator.device)
     examples = scan(recipe.data.images, recipe.data.caption.template)
-
     family = registry.find("families", recipe.base.family).load(
         recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant)
     if recipe.data.resolution % family.stride:
         raise FinetuneError(f"data.resolution: {recipe.data.resolution} is not a multiple of {family.stride}, this base's VAE stride")
     for part in family.parts.values():
         part.to(accelerator.device)
+    view = View(recipe.data.resolution, recipe.data.crop == "random", recipe.data.flip,
+                recipe.data.caption.template, recipe.data.caption.dropout)
+    return Ground(examples, view, family, {name: families.fingerprint({name: part}) for name, part in family.parts.items()})
+
+
+def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Say) -> Run:
+    """Load, scan, install, encode. Raises FinetuneError for all that cannot work, before anything is trained."""
+    train = recipe.train
+    ground = load(recipe, accelerator)
+    examples, view, family = ground.examples, ground.view, ground.family
     identity = {
-        "exact": {"recipe": training_part(recipe), "data": fingerprint(examples), "base": families.fingerprint(family.parts),
+        "exact": {"recipe": training_part(recipe), "data": fingerprint(examples), "base": ground.weights,
                   "processes": accelerator.num_processes, "device": accelerator.device.type},
-        "rounding": {"threads": threads, "torch": torch.__version__, "numpy": numpy.__version__, "finetune": __version__},
+        "rounding": {"threads": torch.get_num_threads(), "torch": torch.__version__, "numpy": numpy.__version__,
+                     "finetune": __version__},
     }
 
     method = install(recipe, family)
-    view = View(recipe.data.resolution, recipe.data.crop == "random", recipe.data.flip,
-                recipe.data.caption.template, recipe.data.caption.dropout)
-    loader = Loader(examples, view, train.seed, encoded(family, method, examples, view, accelerator))
+    loader = Loader(examples, view, train.seed, encoded(ground, method, accelerator, Cache(cache.home(), say)))
     if train.gradient_checkpointing:
         family.parts["denoiser"].enable_gradient_checkpointing()
     weighting = recipe.objective.weighting
@@ -114,12 +133,30 @@ def install(recipe: Recipe, family):
     return method
 
 
-def encoded(family, method, examples: list[Example], view: View, accelerator: Accelerator) -> Encoded:
-    """What the frozen encoders have to say, once; random crops cannot be encoded beforehand."""
-    quiet = not accelerator.is_main_process
-    text = None if "text" in method.trains else encode.texts(examples, view, family.encode_text)
-    moments = None if view.random_crop else encode.pictures(examples, view, family.moments, quiet)
-    return Encoded(moments, text, family.latents)
+def encoded(ground: Ground, method, accelerator: Accelerator, store: Cache) -> Encoded:
+    """What the frozen encoders have to say, from the cache or made now; random crops cannot be encoded beforehand."""
+    family, view, quiet = ground.family, ground.view, not accelerator.is_main_process
+    vae, text = encoders(ground, accelerator.device.type)
+
+    def encode_all(examples: list[Example]) -> Encoded:
+        states = None if "text" in method.trains else encode.texts(examples, view, family.encode_text, quiet, store, text)
+        moments = None if view.random_crop else encode.pictures(examples, view, family.moments, quiet, store, vae)
+        return Encoded(moments, states, family.latents)
+
+    if accelerator.num_processes > 1:       # each encodes its share, and reads what the others have encoded
+        with suppress(FinetuneError):       # met again below, by every process
+            encode_all(ground.examples[accelerator.process_index::accelerator.num_processes])
+        accelerator.wait_for_everyone()
+    return encode_all(ground.examples)
+
+
+def encoders(ground: Ground, device_type: str) -> tuple[str, str]:
+    """What decides latents, and what decides text states, beside the pictures and the captions."""
+    family = ground.family
+    part = {name: [ground.weights[name], families.settings(module)] for name, module in family.parts.items()}
+    text = [part[name] for name in sorted(part) if name not in ("denoiser", "vae")]
+    return (cache.key(part["vae"], device_type),
+            cache.key(text, families.vocabulary(family.tokenizer), device_type))
 
 
 def seed_step(seed: int, position: int) -> None:

@@ -1,0 +1,71 @@
+"""Encode what a recipe needs ahead of its runs; or say what the cache holds, or clear it."""
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("recipe", nargs="?", help="a recipe file; not with --status or --gc")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides",
+                        help="override a field of the recipe; can be repeated")
+    parser.add_argument("--status", action="store_true", help="say where the cache is, how much it holds and of what")
+    parser.add_argument("--gc", action="store_true", help="remove what no run has used for a while")
+    parser.add_argument("--older-than", type=float, default=30, metavar="DAYS", help="how long that is; 30 by default")
+
+
+def run(args) -> int:
+    """Build, clear or describe. FinetuneError for a recipe that is wrong and a folder that cannot be written."""
+    from finetune.errors import FinetuneError
+
+    if bool(args.recipe) == (args.status or args.gc):
+        raise FinetuneError("finetune cache wants a recipe, or else --status or --gc")
+    if args.recipe:
+        return build(args.recipe, args.overrides)
+    from finetune.data import cache
+
+    if args.gc:
+        if not args.older_than >= 0:
+            raise FinetuneError(f"--older-than {args.older_than:g}: a number of days, 0 or more")
+        try:
+            freed = cache.collect(cache.home(), args.older_than)
+        except OSError as e:
+            raise FinetuneError(f"{e.filename}: cannot be removed: {e.strerror}") from None
+        print(f"freed     {freed / 1e6:,.1f} MB that were not used for {args.older_than:g} days")
+    describe()
+    return 0
+
+
+def build(recipe: str, overrides: list[str]) -> int:
+    """Encode what is missing, in as many processes as the launcher was told to start."""
+    import sys
+
+    from finetune.data import cache
+    from finetune.recipe import load
+    from finetune.train import processes, setup
+
+    loaded = load(recipe, overrides)
+    processes.start_missing()
+    with loaded.placing():
+        accelerator = setup.accelerate(loaded.recipe)
+        main = accelerator.is_main_process
+
+        def say(line: str) -> None:
+            if main:
+                print(line, file=sys.stderr)
+
+        ground = setup.load(loaded.recipe, accelerator)
+        if ground.view.random_crop:
+            say("note      data.crop is random: pictures cannot be encoded beforehand, captions are")
+        method = setup.install(loaded.recipe, ground.family)
+        setup.encoded(ground, method, accelerator, cache.Cache(cache.home(), say, strict=True))
+    accelerator.wait_for_everyone()
+    if main:
+        describe()
+    accelerator.end_training()
+    return 0
+
+
+def describe() -> None:
+    """Where the cache is and what it holds."""
+    from finetune.data import cache
+
+    print(f"cache     {cache.home()}")
+    for kind, (entries, size) in sorted(cache.contents(cache.home()).items()):
+        print(f"{kind:<9} {entries:,} entries, {size / 1e6:,.1f} MB")

@@ -1,0 +1,40 @@
+"""`finetune status` and `finetune stop` on a real run in another process."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+from finetune.cli import main
+from finetune.runfolder import RunFolder
+
+
+def test_a_run_is_seen_stopped_and_finished(recipe, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "finetune", "train", str(recipe), "--run", str(run)]
+    long = [*command, "--set", "train.max_steps=2000"]
+    process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while not (run / "metrics.jsonl").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.2)
+        assert main(["status", str(run), "--json"]) == 0
+        row = json.loads(capsys.readouterr().out)[0]
+        assert row["state"] == "running" and row["pid"] == process.pid and row["max_steps"] == 2000
+        assert main(["stop", str(run)]) == 0
+        assert process.wait(20) == 143
+    finally:
+        process.kill()
+    assert main(["stop", str(run)]) == 2
+    assert main(["status", str(run)]) == 0
+    assert "stopped" in capsys.readouterr().out
+    assert RunFolder(run, "small").owner() is None
+    assert [p.name for p in (run / "checkpoints").iterdir()]
+
+
+def test_no_runs_and_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 0
+    assert main(["status", "nowhere"]) == 2
+    assert "no run folder" in capsys.readouterr().err
