@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "finetune" / "assets" / "tiny")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "tiny_base")
     parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export-only", action="store_true")

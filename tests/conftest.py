@@ -11,6 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory):
+    """The user's own cache is not touched, by this process and those that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FINETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Path:
     """Seven captioned pictures of different sizes: 7 is no multiple of any batch."""

@@ -1,4 +1,4 @@
-"""Stop a run after the step it is in; everything is saved, and the same train command continues it."""
+"""Stop a run after the step it is in, and save it; the same train command continues."""
 
 from pathlib import Path
 

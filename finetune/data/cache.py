@@ -130,7 +130,7 @@ class Cache:
 
 
 class Rows:
-    """Entries by number: read from the cache, or made when they are not there or not sound. Equal keys share one entry."""
+    """Entries by number: read from the cache, or made when they are not there or not sound. Equal keys share one."""
 
     def __init__(self, cache: Cache, kind: str, keys: Iterable[str], make: Callable[[int], Entry]):
         self.cache, self.kind, self.make = cache, kind, make

@@ -35,10 +35,14 @@ def pictures(examples: list[Example], view: View, moments: Callable[[Tensor], Te
     def make(row: int) -> Entry:
         number, flip = divmod(row, variants)
         image = opened(number)
-        crop = plan_crop(image.width, image.height, view.resolution, CENTRE)
+        try:
+            crop = plan_crop(image.width, image.height, view.resolution, CENTRE)
+        except FinetuneError as e:
+            raise FinetuneError(f"{examples[number].file}: {e}") from None
         found = moments(fit(image, crop, bool(flip))[None])[0].cpu()
         if not found.isfinite().all():
-            raise FinetuneError(f"{examples[number].file}: the VAE gives latents that are not finite; try base.dtype: float32")
+            raise FinetuneError(f"{examples[number].file}: the VAE gives latents that are not finite; "
+                                "try base.dtype: float32")
         return {"moments": found}
 
     shared = key(PIXELS, encoder, view.resolution, CENTRE)
@@ -60,7 +64,7 @@ def picture(example: Example) -> Image.Image:
 
 def texts(examples: list[Example], view: View, encode: Callable[[list[str]], Conditioning], quiet: bool = True,
           cache: Cache | None = None, encoder: str = "") -> Callable[[str], Conditioning]:
-    """Caption → its states on the CPU, for every caption that the run can draw. Raises FinetuneError, naming the file."""
+    """Caption → its states on the CPU, for all that the run can draw. Raises FinetuneError, naming the file."""
     files: dict[str, Path | None] = {}      # of each caption, the first file that has it
     for example in examples:
         files.setdefault(caption(view.template, example.columns), example.file)
@@ -77,7 +81,8 @@ def texts(examples: list[Example], view: View, encode: Callable[[list[str]], Con
         except FinetuneError as e:
             raise FinetuneError(f"data.images: {files[text]}: {e}") from None
         if not state.tokens.isfinite().all():
-            raise FinetuneError(f"the text encoder gives states that are not finite for {text!r}; try base.dtype: float32")
+            raise FinetuneError(f"the text encoder gives states that are not finite for {text!r}; "
+                                "try base.dtype: float32")
         return {name: states.cpu() for name in ("tokens", "pooled") if (states := getattr(state, name)) is not None}
 
     rows = Rows(cache or Cache(), "text", (key(encoder, text) for text in captions), make).fill(quiet, "caption")
