@@ -3,7 +3,7 @@
 Shapes: B batch · L tokens · D text width · C latent channels · H W pixels · h w = H W / VAE stride.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -36,4 +36,3 @@ class Losses:
     loss: Tensor                    # () to descend
     per_example: Tensor             # (B,) detached, before the example's weight
     timesteps: Tensor               # (B,)
-    parts: dict[str, Tensor] = field(default_factory=dict)

@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except FinetuneError as error:
-        if os.environ.get("RANK", "0") == "0":      # every process finds the same mistake; one says it
-            print(f"finetune: error\n{error}", file=sys.stderr)
+        process = os.environ.get("RANK", "0")
+        print(f"finetune: error{'' if process == '0' else f' in process {process}'}\n{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)

@@ -8,6 +8,14 @@ import torch
 from finetune.errors import FinetuneError
 
 
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+def best() -> torch.device:
+    """Where sampling runs."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def check_precision(mixed_precision: str, dtype: str, device: torch.device) -> None:
     """Raise FinetuneError for a number format that this device does not have."""
     if device.type == "cuda":

@@ -49,18 +49,28 @@ class RunFolder:
     def begun(self) -> bool:
         return self.identity.exists()
 
+    def check_ours(self) -> None:
+        """Raise FinetuneError for a folder with anything in it that is not a run."""
+        try:
+            strange = self.root.exists() and not self.begun() and any(p.name != "log.txt" for p in self.root.rglob("*") if p.is_file())
+        except OSError as e:
+            raise self._unwritable(e) from None
+        if strange:
+            raise FinetuneError(f"{self.root} holds files, but no run of ours (no run.json): choose another folder with --run")
+
     def lock(self) -> None:
         """Hold the folder until this process ends, however it ends. Raises FinetuneError when another process holds it."""
         try:
             self.root.parent.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self._beside("lock"))
-            self._lock.acquire(blocking=False)
+            self._lock.acquire(timeout=0.5)     # `finetune status` holds it for a moment
             write_json(self._beside("owner"), {"pid": os.getpid(), "host": socket.gethostname(),
                                                "started": time.strftime("%Y-%m-%d %H:%M:%S")})
         except Timeout:
-            who = self.owner()
-            raise FinetuneError(f"{self.root} is in use by process {who['pid']} on {who['host']}, started {who['started']}; wait "
-                                "for it, stop it (finetune stop), or start beside it with --run DIR") from None
+            who = self.owner() or {}
+            raise FinetuneError(f"{self.root} is in use by process {who.get('pid', '?')} on {who.get('host', '?')}, started "
+                                f"{who.get('started', '?')}; wait for it, stop it (finetune stop), or start beside it with "
+                                "--run DIR") from None
         except OSError as e:
             raise self._unwritable(e) from None
 
@@ -74,7 +84,8 @@ class RunFolder:
             lock.release()
             return None
         except Timeout:
-            return json.loads(self._beside("owner").read_text())
+            owner = self._beside("owner")
+            return json.loads(owner.read_text(encoding="utf-8")) if owner.exists() else None
 
     def _beside(self, kind: str) -> Path:
         """Beside the folder, not in it: the folder may be moved aside."""

@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--template", default="{text}, in hatched ink style")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--json", type=Path, default=ROOT / "runs" / "scores" / "quickstart.json",
                         help="a picture of base and adapter side by side goes beside it")
     args = parser.parse_args()

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--base", default=str(ROOT / "finetune" / "assets" / "tiny"))
     parser.add_argument("--count", type=int, default=512, help="captions, at most 512")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--json", type=Path, default=ROOT / "runs" / "scores" / "tiny_base.json",
                         help="the picture of the first 64 samples goes beside it")
     args = parser.parse_args()

@@ -6,6 +6,8 @@ from pathlib import Path
 def add_arguments(parser) -> None:
     parser.add_argument("--base", required=True, help="`tiny`, a diffusers folder or a hub id")
     parser.add_argument("--family", default="sd1")
+    parser.add_argument("--revision", help="of a hub model")
+    parser.add_argument("--variant", help="of the weight files, such as fp16")
     parser.add_argument("--adapter", action="append", required=True, metavar="FILE[:STRENGTH]", help="can be repeated")
     parser.add_argument("--dtype", default="float16", help="of the written weights: float32, bfloat16 or float16")
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="a folder that does not exist yet")
@@ -16,6 +18,7 @@ def run(args) -> int:
     import shutil
 
     import torch
+    from safetensors import SafetensorError
 
     from finetune import registry
     from finetune.commands.sample import dtype, load, make, parse_adapter
@@ -26,7 +29,7 @@ def run(args) -> int:
         raise FinetuneError(f"--out {args.out}: is there already; it is not overwritten")
     target, adapters = dtype(args.dtype), [parse_adapter(text) for text in args.adapter]
     # In float32, whatever is written: rounded once, at the end.
-    family = registry.find("families", args.family).load(args.base, torch.float32)
+    family = registry.find("families", args.family).load(args.base, torch.float32, args.revision, args.variant)
     families.merge(family.parts, [(load(path, family.spec), strength) for path, strength in adapters])
     overflow = [part for part, module in family.parts.items()
                 if not all(p.to(target).isfinite().all() for p in module.parameters())]
@@ -38,8 +41,8 @@ def run(args) -> int:
     try:
         family.save(staging, target)
         os.replace(staging, args.out)
-    except OSError as e:
-        raise FinetuneError(f"--out {args.out}: cannot be written: {e.strerror}; nothing is left behind") from None
+    except (OSError, SafetensorError) as e:
+        raise FinetuneError(f"--out {args.out}: cannot be written: {e}; nothing is left behind") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     print(f"{args.out}: {family.source.name} + " + " + ".join(f"{strength:g} × {path.name}" for path, strength in adapters))

@@ -1,11 +1,14 @@
 """Sample pictures from a base, with adapters merged in at any strength."""
 
+import math
 from pathlib import Path
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("--base", required=True, help="`tiny`, a diffusers folder or a hub id")
     parser.add_argument("--family", default="sd1")
+    parser.add_argument("--revision", help="of a hub model")
+    parser.add_argument("--variant", help="of the weight files, such as fp16")
     parser.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="can be repeated")
     parser.add_argument("--strengths", default="1", metavar="S,S,…",
                         help="sample everything at each of these factors of the adapters; 0 is the base")
@@ -40,9 +43,15 @@ def run(args) -> int:
     for name, least in (("count", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise FinetuneError(f"--{name} {getattr(args, name)}: at least {least}")
-    family = registry.find("families", args.family).load(args.base, dtype(args.dtype))
-    if size and any(side % family.stride for side in size):
-        raise FinetuneError(f"--size {args.size}: both sides have to be multiples of {family.stride}")
+    family = registry.find("families", args.family).load(args.base, dtype(args.dtype), args.revision, args.variant)
+    step = max(8, family.stride)        # diffusers' pipeline wants 8 whatever the VAE
+    if size and any(side <= 0 or side % step for side in size):
+        raise FinetuneError(f"--size {args.size}: both sides have to be multiples of {step}")
+    for prompt in [*prompts, args.negative]:
+        if cut := family.cut_text(prompt):
+            raise FinetuneError(f"the prompt {prompt!r} is too long for the text encoder: it would lose {cut!r}")
+    if args.grid and args.grid.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise FinetuneError(f"--grid {args.grid}: the name of a picture is needed, as in grid.png")
     to_device(family)
     loaded = [(load(path, family.spec), strength) for path, strength in adapters]
     pipeline = family.pipeline()
@@ -82,8 +91,8 @@ def parse_adapter(text: str) -> tuple[Path, float]:
     head, colon, tail = text.rpartition(":")
     if colon and not Path(text).exists():
         try:
-            path, strength = Path(head), float(tail)
-        except ValueError:
+            path, strength = Path(head), numbers(tail)[0]
+        except FinetuneError:
             path, strength = Path(text), 1.0
     else:
         path, strength = Path(text), 1.0
@@ -116,7 +125,10 @@ def numbers(text: str) -> list[float]:
     from finetune.errors import FinetuneError
 
     try:
-        return [float(word) for word in text.split(",")]
+        values = [float(word) for word in text.split(",")]
+        if not all(map(math.isfinite, values)):
+            raise ValueError
+        return values
     except ValueError:
         raise FinetuneError(f"--strengths {text}: numbers with commas between them are needed, as in 0,0.5,1") from None
 
@@ -152,15 +164,17 @@ def scheduler(name: str, config):
     names = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")]
     if name not in names:
         raise FinetuneError(f"--scheduler {name}: diffusers has no such scheduler{nearest(name, names)}")
-    return getattr(diffusers, name).from_config(config)
+    try:
+        return getattr(diffusers, name).from_config(config)
+    except (ImportError, ValueError) as e:
+        raise FinetuneError(f"--scheduler {name}: cannot be used here: {str(e).strip().splitlines()[0]}") from None
 
 
 def to_device(family) -> None:
-    import torch
+    from finetune import device
 
-    if torch.cuda.is_available():
-        for part in family.parts.values():
-            part.to("cuda")
+    for part in family.parts.values():
+        part.to(device.best())
 
 
 def make(folder: Path) -> None:

@@ -34,9 +34,9 @@ def facts(folder) -> dict:
     """What the folder's files say; a run without a holder is finished or stopped."""
     import json
 
-    exact = json.loads(folder.identity.read_text())["exact"]
+    exact = json.loads(folder.identity.read_text(encoding="utf-8"))["exact"]
     train = exact["recipe"]["train"]
-    lines = folder.metrics.read_text().splitlines() if folder.metrics.exists() else []
+    lines = folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.exists() else []
     last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {}
     done, owner = last.get("step", 0), folder.owner()
     state = "running" if owner else "finished" if done == train["max_steps"] and any(folder.adapters.glob("*.safetensors")) \

@@ -23,7 +23,10 @@ def run(args) -> int:
         raise FinetuneError(f"{args.run}: nothing is running there; `finetune status` lists the runs")
     if owner["host"] != socket.gethostname():
         raise FinetuneError(f"{args.run}: it runs on {owner['host']}; stop it there")
-    os.kill(owner["pid"], signal.SIGTERM)
+    try:
+        os.kill(owner["pid"], signal.SIGTERM)
+    except OSError as e:
+        raise FinetuneError(f"{args.run}: process {owner['pid']} cannot be told to stop: {e.strerror}") from None
     end = time.monotonic() + args.wait
     while folder.owner():
         if time.monotonic() > end:

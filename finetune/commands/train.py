@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 
@@ -15,6 +14,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    from finetune.errors import FinetuneError
     from finetune.recipe import load
     from finetune.runfolder import RunFolder
     from finetune.train import processes
@@ -23,35 +23,41 @@ def run(args) -> int:
     processes.start_missing()
     name = Path(args.recipe).stem
     folder = RunFolder(args.run or Path("runs") / name, name)
+    from finetune import device     # after the processes are there: it imports torch
+
     with loaded.placing():
-        return _train(loaded.recipe, args, folder)
+        try:
+            return _train(loaded, args, folder)
+        except device.OUT_OF_MEMORY as e:
+            raise FinetuneError(f"{e}\n    less memory: a smaller train.batch_size with more train.gradient_accumulation, "
+                                "train.gradient_checkpointing: true, base.dtype: bfloat16, a smaller data.resolution") from None
 
 
-def _train(recipe, args, folder) -> int:
+def _train(loaded, args, folder) -> int:
     from contextlib import nullcontext
 
     from finetune.recipe import dump
     from finetune.runfolder import write_json, write_text
     from finetune.train import export, loop, setup, verify
 
+    recipe = loaded.recipe
     accelerator = setup.accelerate(recipe)
     main = accelerator.is_main_process
     say = folder.say if main else (lambda line: None)
     if main:
         folder.lock()
+        folder.check_ours()
         folder.check_room(20_000_000)       # the exact need is known when everything is loaded
-    run = setup.prepare(recipe, folder, accelerator, say)
-    if args.fresh and main and folder.root.exists():
-        say(f"{folder.root} is moved aside to {folder.set_aside()}")
-    accelerator.wait_for_everyone()
-    if folder.begun():
-        setup.check_identity(json.loads(folder.identity.read_text()), run)
-    accelerator.wait_for_everyone()
+    begun = json.loads(folder.identity.read_text(encoding="utf-8")) if folder.begun() and not args.fresh else None
+    run = setup.prepare(recipe, folder, accelerator, say, begun)
     if main:
+        if args.fresh and folder.begun():
+            say(f"{folder.root} is moved aside to {folder.set_aside()}")
         folder.create(setup.needed_bytes(run))
-        shutil.copyfile(args.recipe, folder.recipe)
+        if begun is None:
+            write_text(folder.recipe, loaded.text)
+            write_json(folder.identity, run.identity)
         write_text(folder.resolved, dump(recipe))
-        write_json(folder.identity, run.identity)
     accelerator.wait_for_everyone()
     start, window = loop.resume(run)
     if start:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 def add_arguments(parser) -> None:
     parser.add_argument("file", type=Path, help="an adapter")
-    parser.add_argument("--base", default="tiny", help="the base it is for: `tiny`, a diffusers folder or a hub id")
+    parser.add_argument("--base", help="the base it is for: `tiny`, a diffusers folder or a hub id; without it only the file is checked")
+    parser.add_argument("--revision", help="of a hub model")
+    parser.add_argument("--variant", help="of the weight files, such as fp16")
     parser.add_argument("--family", default="sd1")
     parser.add_argument("--json", action="store_true", help="the result as JSON")
 
@@ -15,11 +17,15 @@ def run(args) -> int:
 
     from finetune import registry
     from finetune.errors import FinetuneError
+    from finetune.formats import base as formats
     from finetune.train import verify
 
     if not args.file.is_file():
         raise FinetuneError(f"{args.file}: there is no such file")
-    family = registry.find("families", args.family).load(args.base, torch.float32)
-    checks = verify.verify(args.file, family)
+    module = registry.find("families", args.family)
+    if args.base:
+        checks = verify.verify(args.file, module.load(args.base, torch.float32, args.revision, args.variant))
+    else:
+        checks = verify.alone(formats.load(args.file, module.SPEC))
     print(verify.as_json({args.file.name: checks}) if args.json else f"{args.file}\n{verify.table(checks)}")
     return 0 if all(check.passed for check in checks) else 2

@@ -23,6 +23,21 @@ from finetune.errors import FinetuneError
 PIXELS = 1      # another number when data/pixels.py makes other pixels of the same file: then all is encoded anew
 
 
+def check(examples: list[Example], view: View, cut_text: Callable[[str], str]) -> None:
+    """Raise FinetuneError with every picture that is too narrow and every caption that would be cut."""
+    problems = []
+    for example in examples:
+        try:
+            plan_crop(example.width, example.height, view.resolution, CENTRE)
+        except FinetuneError as e:
+            problems.append(f"{example.file}: {e}")
+        if cut := cut_text(caption(view.template, example.columns)):
+            problems.append(f"{example.file}: its caption is too long for the text encoder: it would lose {cut!r}")
+    if problems:
+        shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise FinetuneError("\n    ".join(["data.images: not all can be trained", *shown]))
+
+
 def pictures(examples: list[Example], view: View, moments: Callable[[Tensor], Tensor], quiet: bool,
              cache: Cache | None = None, encoder: str = "") -> Callable[[int, bool], Tensor]:
     """(example's number, mirrored) → posterior moments (2C, h, w) on the CPU.
@@ -35,10 +50,7 @@ def pictures(examples: list[Example], view: View, moments: Callable[[Tensor], Te
     def make(row: int) -> Entry:
         number, flip = divmod(row, variants)
         image = opened(number)
-        try:
-            crop = plan_crop(image.width, image.height, view.resolution, CENTRE)
-        except FinetuneError as e:
-            raise FinetuneError(f"{examples[number].file}: {e}") from None
+        crop = plan_crop(image.width, image.height, view.resolution, CENTRE)
         found = moments(fit(image, crop, bool(flip))[None])[0].cpu()
         if not found.isfinite().all():
             raise FinetuneError(f"{examples[number].file}: the VAE gives latents that are not finite; "

@@ -64,6 +64,8 @@ def metadata(root: Path, pictures: set[Path], problems: list[str]) -> dict[Path,
     """The rows of every metadata.jsonl below `root` by picture; what is wrong with them is added to `problems`."""
     rows: dict[Path, dict[str, str]] = {}
     for table in sorted(root.rglob("metadata.jsonl")):
+        if any(part.startswith(".") for part in table.relative_to(root).parts):
+            continue
         # no splitlines: it also cuts at characters that may stand in a JSON string
         for number, line in enumerate(text(table, problems).split("\n"), 1):
             if not line.strip():

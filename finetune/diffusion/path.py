@@ -29,8 +29,8 @@ class Path:
         return len(self.alphas_cumprod)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """a, b, c, d at the integer timesteps t (B,), each (B,) float64."""
-        alpha_bar = self.alphas_cumprod.to(t.device)[t]
+        """a, b, c, d at the integer timesteps t (B,), each (B,) float64 on the CPU: not every device has float64."""
+        alpha_bar = self.alphas_cumprod[t.cpu()]
         a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         if self.prediction == "epsilon":
             return a, b, torch.zeros_like(a), torch.ones_like(a)
@@ -48,7 +48,7 @@ class Path:
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x_t and the target at t, shaped and typed like x0 (B, …)."""
-        a, b, c, d = (k.to(x0.dtype).view(-1, *[1] * (x0.ndim - 1)) for k in self.coefficients(t))
+        a, b, c, d = (k.to(x0.dtype).to(x0.device).view(-1, *[1] * (x0.ndim - 1)) for k in self.coefficients(t))
         return a * x0 + b * noise, c * x0 + d * noise
 
 

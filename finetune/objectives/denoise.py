@@ -24,13 +24,13 @@ class Denoise:
             shape = (moments.shape[1] // 2, *moments.shape[2:])
             latents = family.latents(moments, noise.normal(shape, seed, positions, "posterior").to(device))
         conditioning = batch.conditioning or family.encode_text(batch.captions)
-        t = LAWS[self.timesteps](noise.uniforms(seed, positions, "timestep"), path.steps).to(device)
+        t = LAWS[self.timesteps](noise.uniforms(seed, positions, "timestep"), path.steps)     # on the CPU, as all of the path
         epsilon = noise.normal(latents.shape[1:], seed, positions, "noise").to(device)
         x_t, target = path.noised(latents, epsilon, t)
-        prediction = family.denoise(x_t, t, conditioning, batch.geometry)
+        prediction = family.denoise(x_t, t.to(device), conditioning, batch.geometry)
         per_example = (prediction - target).square().mean(dim=(1, 2, 3))
         conversion = path.conversion(t)
-        weight = (self.weight(path.snr(t), conversion) / conversion).float()
+        weight = (self.weight(path.snr(t), conversion) / conversion).float().to(device)
         return Losses((batch.weight * weight * per_example).mean(), per_example.detach(), t)
 
 

@@ -23,6 +23,7 @@ class Loaded:
 
     recipe: Recipe
     path: Path
+    text: str                               # as given
     places: dict[Key, tuple[int, str]]      # where a key was written, as (order, text)
 
     def at(self, key: str) -> str:
@@ -54,7 +55,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
             if problem["type"] != "default_factory_not_called":     # only says that another field is wrong
                 draft.note(tuple(map(str, problem["loc"])), explain(problem))
     refuse([text for _, text in sorted(draft.problems, key=lambda problem: problem[0])])
-    return Loaded(recipe, Path(path), draft.places)
+    return Loaded(recipe, Path(path), _text(Path(path)), draft.places)
 
 
 @dataclass

@@ -71,7 +71,7 @@ def newest(folder: RunFolder, say, tidy: bool) -> State | None:
 
 
 def _load(path: Path) -> State:
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     for name, seal in manifest["files"].items():
         if (path / name).stat().st_size != seal["size"] or _sha256(path / name) != seal["sha256"]:
             raise ValueError(f"{name} is not what was written")

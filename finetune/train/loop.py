@@ -70,13 +70,13 @@ def one_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         seed_step(recipe.seed, first)
         syncing = micro == recipe.gradient_accumulation - 1
         with nullcontext() if syncing else accelerator.no_sync(run.model):
-            loss, _ = run.model(batch)
+            loss = run.model(batch)
             accelerator.backward(loss / recipe.gradient_accumulation)
         total += loss.detach() / recipe.gradient_accumulation
     norm = accelerator.clip_grad_norm_(run.parameters.values(), recipe.clip_norm or float("inf"))
     run.optimizer.step()
     run.optimizer.zero_grad()
-    if run.ema and not accelerator.optimizer_step_was_skipped:       # float16 skips a step that overflowed
+    if run.ema:
         run.ema.update(step)
     return total, norm
 
@@ -177,7 +177,7 @@ def resume(run: Run) -> tuple[int, Window]:
         for name, average in run.ema.average.items():
             average.copy_(state.ema[name])
     if run.accelerator.is_main_process and run.folder.metrics.exists():
-        lines = run.folder.metrics.read_text().splitlines(keepends=True)
+        lines = run.folder.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]     # a killed process may have left half a line
         write_text(run.folder.metrics, "".join(line for line in whole if json.loads(line)["step"] <= state.step))
     return state.step, Window(run, **state.plain["window"])

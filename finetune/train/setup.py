@@ -86,8 +86,10 @@ def load(recipe: Recipe, accelerator: Accelerator) -> Ground:
     return Ground(examples, view, family, {name: families.fingerprint({name: part}) for name, part in family.parts.items()})
 
 
-def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Say) -> Run:
-    """Load, scan, install, encode. Raises FinetuneError for all that cannot work, before anything is trained."""
+def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Say, begun: dict | None) -> Run:
+    """Load, scan, install, encode. Raises FinetuneError for all that cannot work, before anything is trained.
+
+    `begun` is the identity of the run in the folder that this one has to continue."""
     train = recipe.train
     ground = load(recipe, accelerator)
     examples, view, family = ground.examples, ground.view, ground.family
@@ -98,6 +100,10 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
                      "finetune": __version__},
     }
 
+    if begun:
+        check_identity(begun, identity, folder, say)
+    check_prompts(recipe, family)
+    encode.check(examples, view, family.cut_text)
     method = install(recipe, family)
     loader = Loader(examples, view, train.seed, encoded(ground, method, accelerator, Cache(cache.home(), say)))
     if train.gradient_checkpointing:
@@ -164,13 +170,20 @@ def seed_step(seed: int, position: int) -> None:
     set_seed(derive(seed, position, "network") % 2**32)
 
 
-def check_identity(begun: dict, run: Run) -> None:
+def check_prompts(recipe: Recipe, family) -> None:
+    """Raise FinetuneError for a preview prompt that would be cut."""
+    for prompt in recipe.preview.prompts:
+        if cut := family.cut_text(prompt):
+            raise FinetuneError(f"preview.prompts: {prompt!r} is too long for the text encoder: it would lose {cut!r}")
+
+
+def check_identity(begun: dict, now: dict, folder: RunFolder, say: Say) -> None:
     """Raise FinetuneError, with the differences, when the run in the folder is another one than this."""
-    if differences := difference(begun["exact"], run.identity["exact"]):
-        raise FinetuneError("\n    ".join([f"{run.folder.root} holds a run that this one cannot continue:", *differences,
+    if differences := difference(begun["exact"], now["exact"]):
+        raise FinetuneError("\n    ".join([f"{folder.root} holds a run that this one cannot continue:", *differences,
                             "--fresh moves it aside and starts anew; --run DIR starts beside it"]))
-    for line in difference(begun["rounding"], run.identity["rounding"]):
-        run.say(f"note: since the run began, {line}: the last digits may differ")
+    for line in difference(begun["rounding"], now["rounding"]):
+        say(f"note: since the run began, {line}: the last digits may differ")
 
 
 def needed_bytes(run: Run) -> int:

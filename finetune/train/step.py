@@ -13,7 +13,6 @@ class TrainStep(nn.Module):
         self.trained = nn.ModuleDict({part: family.parts[part] for part in method.trains})
         self._call = lambda batch: objective(family, batch, seed)      # a closure, so that nothing frozen is registered
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss () and the examples' own losses (B,)."""
-        losses = self._call(batch)
-        return losses.loss, losses.per_example
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss ()."""
+        return self._call(batch).loss

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.artifact import deltas
+from finetune.artifact import Artifact, deltas
 from finetune.diffusion import noise
 from finetune.errors import FinetuneError
 from finetune.families import base as families
@@ -35,16 +35,20 @@ def verify(path: Path, family, expected: dict[float, Tensor] | None = None) -> l
 
     Raises FinetuneError when the file is no adapter, or not one of this family."""
     artifact = formats.load(path, family.spec)
-    changes = [delta for _, _, delta in deltas(artifact)]
-    finite = sum(bool(delta.isfinite().all()) for delta in changes)
-    moved = sum(bool(delta.any()) for delta in changes)
-    checks = [Check("finite", finite == len(changes), f"{finite} of {len(changes)} changes"),
-              Check("not zero", moved > 0, f"{moved} of {len(changes)} changes")]
-    misfits = families.misfits(family.parts, artifact)
-    checks.append(Check("fits the base", not misfits, "; ".join(misfits[:3]) or f"{len(changes)} of {len(changes)} modules"))
+    checks, misfits = alone(artifact), families.misfits(family.parts, artifact)
+    checks.append(Check("fits the base", not misfits, "; ".join(misfits[:3]) or "every module"))
     if all(check.passed for check in checks):
         checks += by_diffusers(path, family, expected or {s: merged(family, artifact, s) for s in STRENGTHS})
     return checks
+
+
+def alone(artifact: Artifact) -> list[Check]:
+    """What can be said of an adapter without its base."""
+    changes = [delta for _, _, delta in deltas(artifact)]
+    finite = sum(bool(delta.isfinite().all()) for delta in changes)
+    moved = sum(bool(delta.any()) for delta in changes)
+    return [Check("finite", finite == len(changes), f"{finite} of {len(changes)} changes"),
+            Check("not zero", moved > 0, f"{moved} of {len(changes)} changes")]
 
 
 def by_diffusers(path: Path, family, expected: dict[float, Tensor]) -> list[Check]:
