@@ -49,8 +49,8 @@ def draw_hatched(scene: world.Scene) -> Image.Image:
     for thing in scene.things:
         colour = world.COLOURS[thing.colour]
         thing = replace(thing, radius=1.05 * thing.radius + 2)         # room for the outline
-        inside = Image.new("RGB", (SIDE, SIDE), blend(colour, PAPER, 0.85))
-        inside.paste(blend(colour, INK, 0.06), mask=HATCH)
+        inside = Image.new("RGB", (SIDE, SIDE), blend(colour, PAPER, 0.45))
+        inside.paste(colour, mask=HATCH)
         image.paste(inside, mask=world.mask(thing))
         for scale in (1.0, 0.52) if thing.shape == "ring" else (1.0,):
             edge = world.polygon(thing, scale)

@@ -7,7 +7,7 @@ accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dyna
   -m finetune train recipes/quickstart.yaml
 adapter=runs/quickstart/adapter/quickstart.safetensors
 picture=runs/quickstart/before_after.png
-finetune sample --base tiny --adapter "$adapter" --strengths 0,0.5,1 --seed 7 \
+finetune sample --base tiny --adapter "$adapter" --strengths 0,0.5,1 --guidance 2 --seed 7 \
   --prompts recipes/quickstart_prompts.txt --out runs/quickstart/samples --grid "$picture"
 echo
 echo "adapter: $adapter"

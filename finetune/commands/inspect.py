@@ -22,6 +22,7 @@ LONGEST_VALUE = 2000  # characters of one metadata value on the screen; --json h
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("file", type=Path, help="a .safetensors file; only its header is read")
+    parser.add_argument("--keys", action="store_true", help="list every tensor with its type and shape")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
     parser.add_argument("--norms", action="store_true", help="read the tensors too: change by block")
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     facts = describe(args.file)
     if args.norms:
         facts["norms"] = norms(args.file, facts["family"])
-    print(json.dumps(facts, indent=2, ensure_ascii=False) if args.json else table(facts))
+    print(json.dumps(facts, indent=2, ensure_ascii=False) if args.json else table(facts, args.keys))
     return 0
 
 
@@ -50,6 +51,7 @@ def describe(path: Path) -> dict:
         "dtypes": dict(Counter(dtype for dtype, _ in header.tensors.values()).most_common()),
         "bytes": path.stat().st_size,
         "metadata": dict(sorted(header.metadata.items())),
+        "keys": {name: f"{dtype} {list(shape)}" for name, (dtype, shape) in sorted(header.tensors.items())},
     }
 
 
@@ -64,7 +66,7 @@ def norms(path: Path, family: str | None) -> dict[str, float]:
     return {block: math.sqrt(square) for block, square in squares.items()}
 
 
-def table(facts: dict) -> str:
+def table(facts: dict, keys: bool = False) -> str:
     """The facts for people, in the width of the terminal."""
     width = min(shutil.get_terminal_size((80, 24)).columns, 100)
     modules = [f"{count} in {part}" for part, count in facts["modules"].items()]
@@ -86,6 +88,8 @@ def table(facts: dict) -> str:
         lines += ["", "norm of the change, by block"]
         longest = max(map(len, facts["norms"]))
         lines += [f"  {block:<{longest}}  {norm:10.4f}" for block, norm in facts["norms"].items()]
+    if keys:
+        lines += ["", "keys", *(f"  {_shown(name)}  {what}" for name, what in facts["keys"].items())]
     lines += ["", "metadata" if facts["metadata"] else "no metadata"]
     column = 2 + max((len(key) for key in facts["metadata"] if len(key) < 32), default=0)
     for key, value in facts["metadata"].items():

@@ -47,16 +47,17 @@ def grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: li
     width, height = rows[0][0].width * factor, rows[0][0].height * factor
     font = ImageFont.load_default(12)
     lines = max(14, round((len(column_labels) * (width + MARGIN)) / 6.2))     # characters that fit over a row
-    labels = [textwrap.shorten(label, lines, placeholder=" …") for label in row_labels]
+    labels = [textwrap.wrap(label, lines) for label in row_labels]
+    head = LABEL * max(map(len, labels))
     sheet = Image.new("RGB", (MARGIN + len(column_labels) * (width + MARGIN),
-                              LABEL + 4 + len(rows) * (height + LABEL + MARGIN)), "white")
+                              LABEL + 4 + len(rows) * (height + head + MARGIN)), "white")
     pen = ImageDraw.Draw(sheet)
     for c, label in enumerate(column_labels):
         pen.text((MARGIN + c * (width + MARGIN) + width // 2, 3), label, "black", font, anchor="ma")
     for r, (pictures, label) in enumerate(zip(rows, labels)):
-        top = LABEL + 4 + r * (height + LABEL + MARGIN)
-        pen.text((MARGIN, top), label, "dimgray", font)
+        top = LABEL + 4 + r * (height + head + MARGIN)
+        pen.multiline_text((MARGIN, top), "\n".join(label), "dimgray", font, spacing=1)
         for c, picture in enumerate(pictures):
             sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS),
-                        (MARGIN + c * (width + MARGIN), top + LABEL))
+                        (MARGIN + c * (width + MARGIN), top + head))
     return sheet

@@ -81,3 +81,13 @@ def test_torch_is_not_imported_for_a_look(adapter):
     code = "import pathlib, sys; from finetune.commands.inspect import describe"
     code += "; describe(pathlib.Path(sys.argv[1])); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(adapter)], check=True)
+
+
+def test_keys_are_listed_when_asked_for(tmp_path, capsys):
+    from finetune.cli import main
+
+    write_safetensors(tmp_path / "x.safetensors", {"lora_unet_mid.alpha": torch.tensor(2.0)}, {})
+    assert main(["inspect", str(tmp_path / "x.safetensors"), "--keys"]) == 0
+    assert "lora_unet_mid.alpha  F32 []" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
+    assert "lora_unet_mid" not in capsys.readouterr().out

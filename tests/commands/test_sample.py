@@ -73,7 +73,7 @@ def test_merged_is_what_diffusers_loads_and_what_sample_shows(tmp_path, adapter)
     (["--prompt", "x", "--adapter", "nowhere.safetensors"], "no file nowhere"),
     (["--prompt", "x", "--scheduler", "DDIMSheduler"], "did you mean 'DDIMScheduler'"),
     (["--prompt", "x", "--dtype", "float31"], "did you mean 'float32'"),
-    (["--prompt", "x", "--size", "65x64"], "multiples of 4"),
+    (["--prompt", "x", "--size", "65x64"], "multiples of 8"),
     (["--prompt", "x", "--strengths", "a"], "numbers with commas"),
     (["--prompt", "x", "--count", "0"], "at least 1"),
     (["--prompts", "nowhere.txt"], "cannot be read"),
@@ -94,7 +94,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, capsys):
 def test_verify_and_convert(tmp_path, adapter, capsys):
     assert main(["convert", str(adapter), "--to", "diffusers", "--out", str(tmp_path / "d.safetensors")]) == 0
     for file in (adapter, tmp_path / "d.safetensors"):
-        assert main(["verify", str(file)]) == 0
+        assert main(["verify", str(file), "--base", "tiny"]) == 0
         said = capsys.readouterr().out
         assert "FAIL" not in said and "diffusers at strength 0.5" in said
     assert main(["convert", str(tmp_path / "d.safetensors"), "--to", "kohya", "--out", str(tmp_path / "k.safetensors")]) == 0
@@ -110,3 +110,8 @@ def test_verify_fails_a_file_that_does_nothing(tmp_path, capsys):
     formats.save(Artifact("lora", "sd1", tensors, {}), path, "kohya", registry.find("families", "sd1").SPEC)
     assert main(["verify", str(path)]) == 2
     assert "FAIL  not zero" in capsys.readouterr().out
+
+
+def test_a_prompt_that_would_be_cut_is_refused(tmp_path, capsys):
+    assert sample(tmp_path / "out", "--prompt", "red " * 80) == 2
+    assert "would lose" in capsys.readouterr().err

@@ -148,3 +148,21 @@ def test_edited_pictures_are_another_run(recipe, train, tmp_path, pictures, caps
     (copy / "metadata.jsonl").write_text((copy / "metadata.jsonl").read_text().replace("red", "crimson"))
     assert train(recipe, tmp_path / "run", *settings(data__images=copy)) == 2
     assert "data:" in capsys.readouterr().err
+
+
+def test_a_run_continues_from_its_own_copy_of_the_recipe(recipe, train, tmp_path):
+    assert train(recipe, tmp_path / "run") == 0
+    given = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert given == recipe.read_text()
+    for extra in ([], ["--fresh"]):
+        assert train(tmp_path / "run" / "recipe.yaml", tmp_path / "run", *extra) == 0
+        assert (tmp_path / "run" / "recipe.yaml").read_text() == given
+
+
+def test_a_folder_of_something_else_is_left_alone(recipe, train, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.jsonl").write_text("precious")
+    for extra in ([], ["--fresh"]):
+        assert train(recipe, tmp_path / "mine", *extra) == 2
+        assert "no run of ours" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "metrics.jsonl").read_text() == "precious"
