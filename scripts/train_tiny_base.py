@@ -44,7 +44,14 @@ def rng_for(*position: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]) >> 1)
 
 
-def tokenizer() -> CLIPTokenizer:
+def tokenizer(kept: Path) -> CLIPTokenizer:
+    """The tokenizer of this run: made once, because its trainer breaks ties in any order."""
+    if not kept.exists():
+        make_tokenizer().save_pretrained(kept)
+    return CLIPTokenizer.from_pretrained(kept)
+
+
+def make_tokenizer() -> CLIPTokenizer:
     """A CLIP byte-pair tokenizer whose merges are learned from the world's captions."""
     rng = random.Random(0)
     lines = [world.caption(world.random_scene(rng), rng) for _ in range(4000)] + [EXTRA_WORDS] * 40
@@ -285,7 +292,7 @@ def main() -> None:
     parser.add_argument("--export-only", action="store_true")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    tok = tokenizer()
+    tok = tokenizer(args.work / "tokenizer")
     vae, vae_phase = train_vae(args.work, 0 if args.export_only else args.vae_steps, args.seed)
     unet, text, phase = train_denoiser(args.work, vae, tok, args.steps, args.seed, args.batch, not args.export_only)
     export(args.out, vae, tok, unet, text)
