@@ -52,7 +52,9 @@ class RunFolder:
     def check_ours(self) -> None:
         """Raise FinetuneError for a folder with anything in it that is not a run."""
         try:
-            strange = self.root.exists() and not self.begun() and any(p.name != "log.txt" for p in self.root.rglob("*") if p.is_file())
+            # A start that was killed before it wrote run.json leaves no more than log.txt and hidden parts of files.
+            strange = not self.begun() and any(p.is_file() and p.name != self.log.name and not p.name.startswith(".")
+                                               for p in self.root.rglob("*"))
         except OSError as e:
             raise self._unwritable(e) from None
         if strange:

@@ -55,8 +55,8 @@ def _train(loaded, args, folder) -> int:
             say(f"{folder.root} is moved aside to {folder.set_aside()}")
         folder.create(setup.needed_bytes(run))
         if begun is None:
+            write_json(folder.identity, run.identity)      # first: it is what makes the folder a run, wherever a kill falls
             write_text(folder.recipe, loaded.text)
-            write_json(folder.identity, run.identity)
         write_text(folder.resolved, dump(recipe))
     accelerator.wait_for_everyone()
     start, window = loop.resume(run)

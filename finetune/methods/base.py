@@ -28,7 +28,5 @@ class Method(Protocol):
         """Put `parameters()` back, bit for bit. Raises FinetuneError when names or shapes do not fit."""
 
     def at(self, strength: float):
-        """A context in which what is trained counts `strength` times, as a user of the file would have it."""
-
-    def off(self):
-        """A context in which the family is the untouched base."""
+        """A context in which what is trained counts `strength` times, as a user of the file would have it; at 0 the
+        family is the untouched base."""

@@ -71,14 +71,6 @@ class Lora:
             for module in modules:
                 module.set_scale("default", 1.0)
 
-    @contextmanager
-    def off(self):
-        self.denoiser.disable_adapters()
-        try:
-            yield
-        finally:
-            self.denoiser.enable_adapters()
-
 
 def resolve(targets: list[str], module: nn.Module, spec) -> list[str]:
     """The paths of the modules that the targets name, sorted. A target is a group of the family, or a pattern with `*`

@@ -29,7 +29,9 @@ def write(artifact: Artifact, folder: RunFolder, format_names: list[str], spec) 
 
 
 def prove(run: Run, paths: list[Path]) -> dict[str, list[verify.Check]]:
-    """Check each file against the training model; verify.json keeps the result. Raises FinetuneError when one fails."""
+    """Check each file against the training model; verify.json keeps the result.
+
+    Raises FinetuneError when one fails, after renaming it to NAME.refused: nothing bad keeps the name of a good file."""
     expected = {}
     for strength in verify.STRENGTHS:
         with run.method.at(strength):
@@ -37,7 +39,10 @@ def prove(run: Run, paths: list[Path]) -> dict[str, list[verify.Check]]:
     results = {path.name: verify.verify(path, run.family, expected) for path in paths}
     write_text(run.folder.adapters / "verify.json", verify.as_json(results))
     for path in paths:
-        verify.refuse_failures(path, results[path.name])
+        if not all(check.passed for check in results[path.name]):
+            refused = path.replace(path.with_suffix(".refused"))
+            raise FinetuneError(f"the adapter is not proven to work and is renamed to {refused}; the checkpoints stay\n"
+                                + verify.table(results[path.name]))
     return results
 
 

@@ -192,7 +192,7 @@ def preview(run: Run, done: int) -> None:
         with resting(run.family.parts):
             pipeline = run.family.pipeline()
             if run.base_pictures is None:
-                with run.method.off():
+                with run.method.at(0):
                     run.base_pictures = generate(pipeline, jobs, p.steps, p.guidance, size=size, say="preview of the base")
             with run.ema.swapped() if run.ema else nullcontext():
                 now = generate(pipeline, jobs, p.steps, p.guidance, size=size, say=f"preview at step {done}")

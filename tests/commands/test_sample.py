@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from finetune import registry
-from finetune.artifact import Artifact
+from finetune.artifact import Artifact, write_safetensors
 from finetune.cli import main
 from finetune.families.base import TINY
 from finetune.formats import base as formats
@@ -115,3 +115,17 @@ def test_verify_fails_a_file_that_does_nothing(tmp_path, capsys):
 def test_a_prompt_that_would_be_cut_is_refused(tmp_path, capsys):
     assert sample(tmp_path / "out", "--prompt", "red " * 80) == 2
     assert "would lose" in capsys.readouterr().err
+
+
+def test_verify_fails_a_file_that_diffusers_reads_otherwise(tmp_path, capsys):
+    """diffusers gives every module of a kohya file the most frequent alpha: mixed alphas load wrong there, and it is said."""
+    other = PATH.replace("attn2.to_v", "attn1.to_v")
+    g = torch.Generator().manual_seed(0)
+    tensors = {}
+    for path, width, alpha in ((PATH, 128, 1.0), (other, 64, 4.0)):
+        flat = "lora_unet_" + path.removeprefix("denoiser.").replace(".", "_")
+        tensors |= {f"{flat}.lora_down.weight": torch.randn(2, width, generator=g),
+                    f"{flat}.lora_up.weight": torch.randn(64, 2, generator=g), f"{flat}.alpha": torch.tensor(alpha)}
+    write_safetensors(tmp_path / "mixed.safetensors", tensors, {})
+    assert main(["verify", str(tmp_path / "mixed.safetensors"), "--base", "tiny"]) == 2
+    assert "FAIL  diffusers at strength 1" in capsys.readouterr().out

@@ -116,3 +116,28 @@ def test_every_shipped_recipe_trains_two_steps(path, train, tmp_path, pictures):
     assert adapter.is_file()
     if path.stem == "quickstart":
         assert adapter.stat().st_size <= 500_000
+
+
+def test_a_file_that_is_not_what_was_trained_is_refused(recipe, train, tmp_path, monkeypatch, capsys):
+    """The proof compares with the training model: an export that is wrong in itself does not get its name."""
+    from finetune.train import export
+
+    real = export.write
+
+    def wrong(artifact, *rest):
+        doubled = {name: 2 * t if name.endswith("lora_B") else t for name, t in artifact.tensors.items()}
+        return real(type(artifact)(artifact.kind, artifact.family, doubled, artifact.metadata), *rest)
+
+    monkeypatch.setattr(export, "write", wrong)
+    assert train(recipe, tmp_path / "run") == 2
+    assert "FAIL  diffusers at strength 0.5" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "run" / "adapter").iterdir()) == ["small.refused", "verify.json"]
+    monkeypatch.setattr(export, "write", real)
+    assert train(recipe, tmp_path / "run") == 0
+
+
+def test_a_start_that_was_killed_before_it_was_a_run_can_be_repeated(recipe, train, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "log.txt").write_text("base tiny\n")
+    (tmp_path / "run" / ".run.json.part").write_text('{"exa')
+    assert train(recipe, tmp_path / "run") == 0
