@@ -21,6 +21,7 @@ WANTED = {
     "less_than_equal": "at most {le:g}",
     "less_than": "less than {lt:g}",
     "multiple_of": "a multiple of {multiple_of}",
+    "too_long": "at most {max_length} in the list",
     "string_too_short": "a text that is not empty",
 }
 
