@@ -1,0 +1,125 @@
+"""The words of the loop; schema.py has the others."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
+
+from finetune.recipe.words import NAMED, STRICT, Fraction, Pair, Positive, Rate, Seed
+
+
+class Ema(BaseModel):
+    """An exponential moving average of what is trained; exports and previews then show the average."""
+
+    model_config = STRICT
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Share of the average that survives a step."""
+
+
+BETAS = {"adamw": (0.9, 0.999), "adamw8bit": (0.9, 0.999), "lion": (0.9, 0.99), "lion8bit": (0.9, 0.99),
+         "prodigy": (0.9, 0.999), "schedule_free_adamw": (0.9, 0.999)}      # the others have none
+SHAPED = {"cycles": ("cosine_restarts", 2), "power": ("polynomial", 2.0), "decay": ("wsd", 0.2)}
+
+
+class Schedule(BaseModel):
+    """Course of the learning rate after the warm-up."""
+
+    model_config = STRICT
+
+    kind: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial", "wsd"] = "constant"
+    """constant stays at the peak, the others fall from it: cosine_restarts several times, wsd (stable, then decay) late."""
+    cycles: Positive | None = Field(None, validate_default=True)
+    """Of cosine_restarts: how often it falls, 2 if left out."""
+    power: Rate | None = Field(None, validate_default=True)
+    """Of polynomial: the exponent, 2 if left out; 1 is linear."""
+    decay: Annotated[float, Field(gt=0, le=1)] | None = Field(None, validate_default=True)
+    """Of wsd: the share of the steps at the end in which it falls, 0.2 if left out."""
+    floor: Fraction = 0.0
+    """The share of the peak that it falls to."""
+
+    @field_validator(*SHAPED)
+    @classmethod
+    def _of_its_kind(cls, value: float | None, info: ValidationInfo) -> float | None:
+        (owner, default), kind = SHAPED[info.field_name], info.data.get("kind")
+        if value is not None and kind not in (owner, None):
+            raise ValueError(f"is of {owner}, and the schedule is {kind}; leave it out")
+        return default if value is None and kind == owner else value
+
+    @field_validator("floor")
+    @classmethod
+    def _to_fall_to(cls, floor: float, info: ValidationInfo) -> float:
+        if floor and info.data.get("kind") == "constant":
+            raise ValueError("constant does not fall; leave it out")
+        return floor
+
+
+class Train(BaseModel):
+    """How long, how fast and with what the loop steps."""
+
+    model_config = STRICT
+
+    max_steps: Positive = 1000
+    """Optimizer steps in all."""
+    batch_size: Positive = 1
+    """Pictures that one process sees at once."""
+    gradient_accumulation: Positive = 1
+    """Batches that are summed up for one optimizer step."""
+    optimizer: Literal["adamw", "adamw8bit", "lion", "lion8bit", "adafactor", "prodigy", "schedule_free_adamw",
+                       "sgd"] = "adamw"
+    """The optimizer. 8bit holds the state in a quarter of the memory; lion wants a learning_rate 3 to 10 times smaller than
+    adamw's; adafactor keeps next to no state; prodigy finds the learning rate; schedule_free_adamw averages in place of a
+    schedule; sgd has a momentum of 0.9. lion and 8bit need bitsandbytes, prodigy prodigyopt, schedule-free schedulefree."""
+    learning_rate: Rate = Field(default_factory=lambda known: 1.0 if known.get("optimizer") == "prodigy" else 1e-4)
+    """Peak learning rate. Left out, it is 1e-4; for prodigy, which multiplies the rate that it finds by it, 1."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate climbs to its peak; at most max_steps."""
+    schedule: Annotated[Schedule, NAMED] = Schedule()
+    """Course of the learning rate after the warm-up; `cosine` alone stands for `{kind: cosine}`."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay; sgd adds it to the gradient."""
+    betas: Pair[Fraction] | None = Field(None, validate_default=True)
+    """Decay of the optimizer's averages of the gradient and of its square; null is [0.9, 0.999], and [0.9, 0.99] for lion.
+    adafactor and sgd have none."""
+    clip_norm: Rate | None = 1.0
+    """The gradient is scaled down to this norm; null leaves it alone."""
+    ema: Ema | None = None
+    """Average what is trained, such as `{decay: 0.999}`; null does not."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Number format of the computation; trained parameters are always float32."""
+    seed: Seed = 0
+    """Every random number of the run follows from it."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, about a third slower."""
+    threads: Positive | None = None
+    """CPU threads of one process; null shares out all cores."""
+    keep_checkpoints: Positive = 2
+    """The newest checkpoints that are kept."""
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _within_the_run(cls, steps: int, info: ValidationInfo) -> int:
+        if steps > info.data.get("max_steps", steps):
+            raise ValueError(f"{steps} is more than train.max_steps, which is {info.data['max_steps']}")
+        return steps
+
+    @field_validator("schedule")
+    @classmethod
+    def _can_be_run(cls, schedule: Schedule, info: ValidationInfo) -> Schedule:
+        if info.data.get("optimizer") == "schedule_free_adamw" and schedule.kind != "constant":
+            raise ValueError(f"{schedule.kind} does not fit schedule_free_adamw, which averages over the run in place of a "
+                             "schedule; leave it out, or give warmup_steps alone")
+        if schedule.cycles and {"max_steps", "warmup_steps"} <= info.data.keys():
+            steps = info.data["max_steps"] - info.data["warmup_steps"]
+            if schedule.cycles > steps:
+                raise ValueError(f"{schedule.cycles} cycles do not fit in the {steps} steps after the warm-up")
+        return schedule
+
+    @field_validator("betas")
+    @classmethod
+    def _of_the_optimizer(cls, betas: Pair[float] | None, info: ValidationInfo) -> Pair[float] | None:
+        optimizer = info.data.get("optimizer")
+        if betas and optimizer and optimizer not in BETAS:
+            raise ValueError(f"{optimizer} has none; leave it out")
+        if betas and optimizer == "schedule_free_adamw" and betas[0] == 0:
+            raise ValueError("the first is more than 0 for schedule_free_adamw, which divides by it")
+        return betas or BETAS.get(optimizer)
