@@ -1,38 +1,63 @@
 """The heart: noise the latents, let the denoiser predict, weigh the error.
 
-    loss = mean over the batch of  weight_i · w(t_i) · mean over pixels of (prediction − target)²
+    loss = share · sum over the batch of  weight_i · w(t_i) · mean over the mask of cost(prediction − target)
 """
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from finetune.batch import Batch, Losses
-from finetune.diffusion import noise
-from finetune.diffusion.timesteps import LAWS
-from finetune.diffusion.weights import Weighting, weighting
+from finetune.diffusion import losses, noise, weights
+from finetune.diffusion import path as paths
+from finetune.diffusion import timesteps as laws
+from finetune.diffusion.epsilon import Epsilon
+from finetune.diffusion.losses import Loss
+from finetune.diffusion.path import Path
+from finetune.diffusion.timesteps import Law
+from finetune.diffusion.weights import Weighting
 
 
 @dataclass(frozen=True)
 class Denoise:
-    timesteps: str
-    weight: Weighting
+    """The words of a recipe as functions; `path` None is the base's own."""
+
+    path: Path | None = None
+    law: Law = laws.uniform
+    strata: int = 1
+    weight: Weighting = weights.uniform
+    epsilon: Epsilon = Epsilon()
+    loss: Loss = losses.l2
 
     def __call__(self, family, batch: Batch, seed: int) -> Losses:
-        device, positions, path = batch.weight.device, batch.positions, family.path
-        latents = batch.latents
-        if latents is None:
-            moments = family.moments(batch.pixels)
-            shape = (moments.shape[1] // 2, *moments.shape[2:])
-            latents = family.latents(moments, noise.normal(shape, seed, positions, "posterior").to(device))
+        device, positions, path = batch.weight.device, batch.positions, self.path or family.path
+        x0 = latents(family, batch, seed)
         conditioning = batch.conditioning or family.encode_text(batch.captions)
-        t = LAWS[self.timesteps](noise.uniforms(seed, positions, "timestep"), path.steps)     # on the CPU, as all of the path
-        epsilon = noise.normal(latents.shape[1:], seed, positions, "noise").to(device)
-        x_t, target = path.noised(latents, epsilon, t)
-        prediction = family.denoise(x_t, t.to(device), conditioning, batch.geometry)
-        per_example = (prediction - target).square().mean(dim=(1, 2, 3))
-        conversion = path.conversion(t)
-        weight = (self.weight(path.snr(t), conversion) / conversion).float().to(device)
-        return Losses((batch.weight * weight * per_example).mean(), per_example.detach(), t)
+        fraction = self.law(laws.draw(seed, positions, self.strata))
+        t = path.time(fraction, batch.geometry[:, 4:].prod(1))      # on the CPU, as all of the path
+        epsilon = self.epsilon.draw(x0.shape[1:], seed, positions)
+        x_t = path.noised(x0, self.epsilon.perturbed(epsilon, seed, positions).to(device), t)
+        prediction = family.denoise(x_t, path.told(t).to(device), conditioning, batch.geometry)
+        snr, conversion = path.snr(t), path.conversion(t)
+        cost = self.loss(prediction - path.target(x0, epsilon.to(device), t), snr).mean(1, keepdim=True)
+        mask = torch.ones_like(cost) if batch.mask is None else batch.mask
+        per_example = (mask * cost).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
+        weight = (self.weight(snr, conversion) / conversion).float().to(device)
+        return Losses((batch.weight * weight * per_example).sum() * batch.share, per_example.detach(), t)
 
 
-def build(timesteps: str, weighting_kind: str, gamma: float) -> Denoise:
-    return Denoise(timesteps, weighting(weighting_kind, gamma))
+def latents(family, batch: Batch, seed: int) -> Tensor:
+    """(B, C, h, w): the batch's own, or a sample of its pixels' posterior."""
+    if batch.latents is not None:
+        return batch.latents
+    moments = family.moments(batch.pixels)
+    shape = (moments.shape[1] // 2, *moments.shape[2:])
+    return family.latents(moments, noise.normal(shape, seed, batch.positions, "posterior").to(moments.device))
+
+
+def build(timesteps: dict, weighting: dict, noise: dict, loss: dict, step_size: int, path: dict | None = None) -> Denoise:
+    """The fields of the recipe, without those that are null; `step_size` is the number of examples of a step."""
+    stratified = timesteps.pop("stratified")
+    return Denoise(path and paths.build(**path), laws.law(**timesteps), step_size if stratified else 1,
+                   weights.weighting(**weighting), Epsilon(**noise), losses.loss(**loss))

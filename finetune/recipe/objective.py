@@ -1,0 +1,170 @@
+"""The words of the loss; schema.py has the others."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, Field, ValidationInfo, field_validator
+
+from finetune.recipe.words import NAMED, STRICT, Fraction, Positive, Rate, registered
+
+
+class Kind(BaseModel):
+    """A word and what belongs to it alone; the rest must be left out."""
+
+    model_config = STRICT | {"validate_default": True}
+    own: ClassVar[dict[str, dict]]      # kind → its own fields and their defaults
+
+    @field_validator("*")
+    @classmethod
+    def _of_its_kind(cls, value: object, info: ValidationInfo) -> object:
+        kind, owners = info.data.get("kind"), [kind for kind, fields in cls.own.items() if info.field_name in fields]
+        if kind is None or not owners:
+            return value
+        if kind not in owners and value is not None:
+            raise ValueError(f"is of {', '.join(owners)}, and the kind is {kind}; leave it out")
+        return cls.own[kind].get(info.field_name) if value is None else value
+
+
+class Path(Kind):
+    """A noising process. The base's own is the one it can be sampled with; previews and exports go by that."""
+
+    own = {"ddpm": {"schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction": "epsilon",
+                    "zero_snr": False},
+           "rf": {"shift": 1.0, "reference": None}, "edm": {"sigma_data": 0.5}}
+
+    kind: Literal["ddpm", "rf", "edm"]
+    """ddpm has 1000 steps of noise, rf is rectified flow, edm is Karras' preconditioned network."""
+    schedule: Literal["linear", "scaled_linear", "cosine"] | None = None
+    """Of ddpm: how the betas grow, scaled_linear if left out; cosine needs no beta_start and beta_end."""
+    beta_start: Fraction | None = None
+    """Of ddpm: the first beta, 0.00085 if left out."""
+    beta_end: Fraction | None = None
+    """Of ddpm: the last beta, 0.012 if left out."""
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """Of ddpm: what the network predicts, epsilon if left out; sample is the clean picture."""
+    zero_snr: bool | None = None
+    """Of ddpm: rescale the schedule so that its last timestep is all noise; not for epsilon. false if left out."""
+    shift: Rate | None = None
+    """Of rf: t becomes shift · t / (1 + (shift − 1) · t); more than 1 is more noise, 1 if left out."""
+    reference: Positive | None = None
+    """Of rf: the side in pixels that `shift` is for; larger pictures get more, smaller ones less. null: all the same."""
+    sigma_data: Rate | None = None
+    """Of edm: the deviation of the latents, 0.5 if left out."""
+
+    @field_validator("zero_snr")
+    @classmethod
+    def _has_an_answer(cls, zero_snr: bool | None, info: ValidationInfo) -> bool | None:
+        if zero_snr and info.data.get("prediction") == "epsilon":
+            raise ValueError("at zero SNR the picture is all noise, and epsilon teaches nothing there; "
+                             "take prediction: v_prediction")
+        return zero_snr
+
+
+class Timesteps(Kind):
+    """How often each noise level is drawn: a law over the way from 0, clean, to 1, noise."""
+
+    own = {"uniform": {}, "logit_normal": {"mean": 0.0, "scale": 1.0}, "mode": {"scale": 1.29}, "cosmap": {},
+           "sigmoid": {"scale": 1.0}, "log_normal": {"mean": -1.2, "scale": 1.2}}
+
+    kind: Literal["uniform", "logit_normal", "mode", "cosmap", "sigmoid", "log_normal"] = "uniform"
+    """logit_normal: the middle, seldom the ends; sigmoid: the same about 0.5; mode: the middle, with heavy tails; cosmap: as
+    the cosine schedule; log_normal: that of σ, for the path edm."""
+    mean: float | None = None
+    """Of logit_normal, 0 if left out, and log_normal, −1.2: less is cleaner."""
+    scale: float | None = None
+    """Of logit_normal and sigmoid, 1 if left out, and log_normal, 1.2: the spread. Of mode: −1 to 1.75, from the ends to the
+    middle, 1.29 if left out."""
+    min: Fraction = 0.0
+    """Draw nothing cleaner than this."""
+    max: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw nothing noisier than this; the law is laid over what is between."""
+    stratified: bool = False
+    """Share out the noise levels among the examples of a step, so that losses vary less."""
+
+    @field_validator("scale")
+    @classmethod
+    def _a_law(cls, scale: float | None, info: ValidationInfo) -> float | None:
+        if info.data.get("kind") == "mode" and not -1 <= scale <= 1.75:
+            raise ValueError(f"wants -1 to 1.75 for mode; given {scale:g}")
+        if info.data.get("kind") != "mode" and scale is not None and scale <= 0:
+            raise ValueError(f"wants more than 0; given {scale:g}")
+        return scale
+
+    @field_validator("max")
+    @classmethod
+    def _above_the_min(cls, most: float, info: ValidationInfo) -> float:
+        if most <= info.data.get("min", 0):
+            raise ValueError(f"wants more than min, which is {info.data['min']:g}; given {most:g}")
+        return most
+
+
+class Weighting(Kind):
+    """How much each noise level counts."""
+
+    own = {"uniform": {}, "min_snr": {"gamma": 5.0}, "soft_min_snr": {"gamma": 5.0}, "debiased": {},
+           "p2": {"gamma": 1.0, "k": 1.0}, "edm": {"sigma_data": 0.5}, "sigma_sqrt": {}, "cosmap": {}}
+
+    kind: Literal["uniform", "min_snr", "soft_min_snr", "debiased", "p2", "edm", "sigma_sqrt", "cosmap"] = "uniform"
+    """uniform; min_snr, soft_min_snr and p2, which keep nearly clean pictures from ruling the loss; debiased, which adds to
+    noisy ones; edm, sigma_sqrt and cosmap, the words of EDM and SD3. All mean the same for whatever the network predicts."""
+    gamma: Rate | None = None
+    """Of min_snr and soft_min_snr: the signal-to-noise ratio at which they stop counting more, 5 if left out. Of p2: its
+    exponent, 1 if left out."""
+    k: Rate | None = None
+    """Of p2: the signal-to-noise ratio about which it turns, 1 if left out."""
+    sigma_data: Rate | None = None
+    """Of edm: the deviation of the latents, 0.5 if left out."""
+
+
+class Noise(BaseModel):
+    """What is added to the white noise."""
+
+    model_config = STRICT
+
+    offset: Annotated[float, Field(ge=0)] = 0.0
+    """Strength of an even noise in each channel, about 0.05: dark and bright pictures are learned better."""
+    offset_random: bool = False
+    """Each example draws its own strength, up to `offset`."""
+    pyramid: Fraction = 0.0
+    """Strength of each coarser noise beside the next finer one, about 0.3; 0 is none."""
+    perturbation: Annotated[float, Field(ge=0)] = 0.0
+    """Noise in the picture that the network is not asked for, about 0.1: it forgives errors of sampling."""
+
+
+class Loss(Kind):
+    """What an error costs."""
+
+    own = {"l2": {}, "l1": {}, "huber": {"c": 0.1, "schedule": "constant"}}
+
+    kind: Literal["l2", "l1", "huber"] = "l2"
+    """l2 is the square; l1 the size; huber the square of small errors and the size of large ones, so outliers pull less."""
+    c: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Of huber: from here an error is large, 0.1 if left out."""
+    schedule: Literal["constant", "snr"] | None = None
+    """Of huber: constant, or snr, where c rises to 1 on clean pictures. constant if left out."""
+
+
+class Objective(BaseModel):
+    """The loss."""
+
+    model_config = STRICT
+
+    kind: Annotated[str, registered("objectives")] = "denoise"
+    """The objective."""
+    path: Annotated[Path | None, NAMED] = None
+    """Another noising process than the base's own, such as `{kind: rf, shift: 3.0}`, to train another model from it."""
+    timesteps: Annotated[Timesteps, NAMED] = Timesteps()
+    """How often each noise level is drawn; `cosmap` alone stands for `{kind: cosmap}`."""
+    weighting: Annotated[Weighting, NAMED] = Weighting()
+    """How much each noise level counts; `min_snr` alone stands for `{kind: min_snr}`."""
+    noise: Noise = Noise()
+    """What is added to the white noise, such as `{offset: 0.05}`."""
+    loss: Annotated[Loss, NAMED] = Loss()
+    """What an error costs; `l1` alone stands for `{kind: l1}`."""
+
+    @field_validator("timesteps")
+    @classmethod
+    def _over_sigma(cls, timesteps: Timesteps, info: ValidationInfo) -> Timesteps:
+        path = info.data.get("path")
+        if timesteps.kind == "log_normal" and (path is None or path.kind != "edm"):
+            raise ValueError("log_normal is a law of σ, which the path edm has; take logit_normal")
+        return timesteps
