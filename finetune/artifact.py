@@ -8,7 +8,7 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,21 +24,32 @@ ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }
-LORA_ROLES = ("lora_A", "lora_B", "alpha")
 DTYPE_NAMES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
     "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
 }
 
 
+WHOLE = ("full", "vae")     # the kinds that hold weights, not changes
+
+
 @dataclass(frozen=True)
 class Artifact:
     """What a method trained, under the names of the published diffusers layout.
 
-    For a LoRA, each adapted module has `<part>.<module path>.lora_A` (r, in[, kh, kw]), `.lora_B`
-    (out, r[, 1, 1]) and `.alpha` (), float32 and the same for all modules. Part is "denoiser", "text" or
-    "text_2"; paths of a CLIP text encoder keep their `text_model.`, whatever transformers calls them.
-    At strength s it adds s · alpha/r · B·A to the module's weight.
+    Each adapted module has tensors `<part>.<module path>.<role>`. Part is "denoiser", "text" or "text_2"; paths of a
+    CLIP text encoder keep their `text_model.`, whatever transformers calls them. `change.py` has the formulas.
+
+        kind            roles
+        lora            lora_A (r, in[, kh, kw]) · lora_B (out, r[, 1, 1]) · alpha (), the same for all modules
+        dora            as lora, and dora_scale (1, in[, 1, 1]): the length of each column of the changed weight
+        loha            hada_w1_a, hada_w2_a (out, r) · hada_w1_b, hada_w2_b (r, in·kh·kw) · alpha ()
+        lokr            lokr_w1 (a, c) · lokr_w2 (b, d[, kh, kw]) · alpha (), which is 1
+        oft             oft_blocks (k, n, n) · alpha (), which is 0: unconstrained
+        difference      diff, in the shape of the weight
+        full, vae       weight, bias: not a change but what the base's become; part of vae is "vae"
+
+    A file of others may mix them, from module to module, and may have a dora_scale beside any of them.
     """
 
     kind: str
@@ -56,29 +67,31 @@ class Header:
     scalars: dict[str, float]  # the value of each 0-dim float tensor: alphas
 
 
-def modules(tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], str]:
-    """The modules of canonical LoRA tensors, sorted: {(part, module path): "<part>.<module path>"}."""
-    stems = sorted(name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A"))
-    return {tuple(stem.split(".", 1)): stem for stem in stems}
+def modules(tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """The adapted modules of canonical tensors, sorted: {(part, module path): {role: tensor}}."""
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for name in sorted(tensors):
+        stem, _, role = name.rpartition(".")
+        part, _, path = stem.partition(".")
+        found.setdefault((part, path), {})[role] = tensors[name]
+    return found
 
 
-def deltas(artifact: Artifact) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield (part, module path, alpha/r · B·A): the delta is float32, in the shape of the module's weight."""
-    for (part, path), stem in modules(artifact.tensors).items():
-        down, up, alpha = (artifact.tensors[f"{stem}.{role}"].float() for role in LORA_ROLES)
-        product = (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
-        yield part, path, product * (alpha.item() / down.shape[0])
+def published(path: str) -> str:
+    """A module path with the `text_model.` that transformers >= 5.6 and some files leave out."""
+    return f"text_model.{path}" if path.startswith(("encoder.layers.", "final_layer_norm.")) else path
 
 
 def fold_alpha(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same LoRA with one alpha for all modules: what differs is multiplied into lora_B.
+    """The same adapter with one alpha for all of its LoRA modules: what differs is multiplied into lora_B.
 
     diffusers gives every module of a kohya file the same alpha, the most frequent one. Tensors come back as
     they are when the alphas agree already; a lora_B whose dtype cannot hold the product becomes float32.
     """
     import torch
 
-    alphas = {name.removesuffix(".alpha"): t.item() for name, t in tensors.items() if name.endswith(".alpha")}
+    stems = [name.removesuffix(".lora_B") for name in tensors if name.endswith(".lora_B")]
+    alphas = {stem: tensors[f"{stem}.alpha"].item() for stem in stems}
     counts = Counter(alpha for alpha in alphas.values() if alpha)
     if len(set(alphas.values())) <= 1:
         return tensors

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetune import artifact
-from finetune.artifact import Artifact, deltas, fold_alpha, read_header, read_tensors, write_safetensors
+from finetune.artifact import fold_alpha, modules, read_header, read_tensors, write_safetensors
+from finetune.change import core
 from finetune.errors import FinetuneError
 
 DTYPES = (
@@ -166,12 +167,12 @@ def test_a_peek_does_not_import_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=True)
 
 
-def test_deltas_of_a_linear_a_pointwise_and_a_spatial_module():
+def test_changes_of_a_linear_a_pointwise_and_a_spatial_module():
     down, up = torch.randn(2, 3, 3, 3), torch.randn(5, 2, 1, 1)
     tensors = lora({"denoiser.a.to_k": (4, 2)})
     tensors |= {"denoiser.c.lora_A": down, "denoiser.c.lora_B": up, "denoiser.c.alpha": torch.tensor(2.0)}
     tensors |= {"text.p.lora_A": down[:, :, :1, :1], "text.p.lora_B": up, "text.p.alpha": torch.tensor(2.0)}
-    found = {(part, path): delta for part, path, delta in deltas(Artifact("lora", "sd1", tensors, {}))}
+    found = {key: core(module) for key, module in modules(tensors).items()}
 
     linear = 0.5 * tensors["denoiser.a.to_k.lora_B"] @ tensors["denoiser.a.to_k.lora_A"]
     assert torch.allclose(found["denoiser", "a.to_k"], linear)
@@ -182,13 +183,13 @@ def test_deltas_of_a_linear_a_pointwise_and_a_spatial_module():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_folding_keeps_every_delta_and_leaves_one_alpha(dtype):
+def test_folding_keeps_every_change_and_leaves_one_alpha(dtype):
     tensors = lora({"text.a": (4, 4), "text.b": (8, 4), "text.c": (4, 3), "text.d": (2, 0)}, dtype)
     folded = fold_alpha(tensors)
     assert {t.item() for name, t in folded.items() if name.endswith("alpha")} == {4.0}
-    before, after = (list(deltas(Artifact("lora", "sd1", t, {}))) for t in (tensors, folded))
-    for (part, path, delta), (*place, same) in zip(before, after, strict=True):
-        assert place == [part, path] and torch.allclose(delta, same, rtol=1e-6, atol=1e-6)
+    before, after = ({key: core(module) for key, module in modules(t).items()} for t in (tensors, folded))
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[key], after[key], rtol=1e-6, atol=1e-6) for key in before)
     assert folded["text.b.lora_B"] is tensors["text.b.lora_B"]
 
 

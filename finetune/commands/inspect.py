@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from finetune import registry
-from finetune.artifact import deltas, read_header
+from finetune.artifact import modules, read_header
 from finetune.errors import FinetuneError
 from finetune.formats.base import identify, load
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what the file is. FinetuneError for a damaged file and, for norms, for one that is no LoRA."""
+    """Print what the file is. FinetuneError for a damaged file and, for norms, for one whose change depends on its base."""
     facts = describe(args.file)
     if args.norms:
         facts["norms"] = norms(args.file, facts["family"])
@@ -59,10 +59,14 @@ def norms(path: Path, family: str | None) -> dict[str, float]:
     """{block: Frobenius norm of the change that the adapter makes there at strength 1}."""
     if family is None:
         raise FinetuneError(f"{path}: is of an unknown family, so --norms cannot read its tensors")
+    from finetune.change import core
+
     squares: dict[str, float] = {}
-    for part, module, delta in deltas(load(path, registry.find("families", family).SPEC)):
-        block = f"{part}.{re.match(r'.*?[.][0-9]+|.*', module)[0]}"
-        squares[block] = squares.get(block, 0.0) + delta.double().square().sum().item()
+    for (part, name), module in modules(load(path, registry.find("families", family).SPEC).tensors).items():
+        if found := sorted({"dora_scale", "oft_blocks"} & module.keys()):
+            raise FinetuneError(f"{path}: has {found[0]}, so what it changes depends on the base; --norms has none")
+        block = f"{part}.{re.match(r'.*?[.][0-9]+|.*', name)[0]}"
+        squares[block] = squares.get(block, 0.0) + core(module).double().square().sum().item()
     return {block: math.sqrt(square) for block, square in squares.items()}
 
 

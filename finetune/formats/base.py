@@ -1,7 +1,8 @@
-"""What the formats share: load, save, identify, and the checks on every LoRA that comes in.
+"""What the formats share: load, save, identify, and the checks on every adapter that comes in.
 
-A format is a module with `reads(header)`, `decode(tensors, metadata, spec)` and `encode(artifact, spec)`;
-decode(encode(a)) gives a's tensors back bit for bit. Nothing here imports torch before tensors are wanted.
+A format is a module with KINDS (of adapters, that it can hold), `reads(header)`, `decode(tensors, metadata, spec)` and
+`encode(artifact, spec)`; decode(encode(a)) gives a's tensors back bit for bit. Nothing here imports torch before tensors
+are wanted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ from finetune.artifact import (
     Artifact, Header, fold_alpha, modules, read_header, read_tensors, write_safetensors,
 )
 from finetune.errors import FinetuneError
+from finetune.formats._modules import kind_of, settle
 
 if TYPE_CHECKING:  # both cost an import of torch
     from torch import Tensor
@@ -47,11 +50,19 @@ def load(path: str | Path, spec: FamilySpec) -> Artifact:
 
 
 def save(artifact: Artifact, path: str | Path, format_name: str, spec: FamilySpec) -> None:
-    """Write an adapter in one format. FinetuneError for an unknown format, or when the disk refuses."""
+    """Write an adapter in one format. FinetuneError for a format that is unknown or cannot hold it, or a full disk."""
+    check_kind(format_name, artifact.kind)
     write_safetensors(path, *registry.find("formats", format_name).encode(artifact, spec))
 
 
-Place = tuple[str, str, str]  # part, module path, role: "lora_A", "lora_B" or "alpha"
+def check_kind(format_name: str, kind: str, field: str = "") -> None:
+    """Raise FinetuneError, about this field of the recipe, when adapters of this kind cannot be written in the format."""
+    able = [name for name in registry.names("formats") if kind in registry.find("formats", name).KINDS]
+    if registry.check("formats", format_name) not in able:
+        raise FinetuneError(f"{field}{format_name} cannot hold adapters of the kind {kind}; {', '.join(able)} can")
+
+
+Place = tuple[str, str, str]  # part, module path, role: one of `_modules.ROLES`
 
 
 def gather(
@@ -61,45 +72,28 @@ def gather(
     locate: Callable[[str], Place | None],
     alpha: Callable[[str, str, int], float] = lambda part, path, rank: rank,
 ) -> Artifact:
-    """Build a LoRA from a file's tensors: `locate` places each key, `alpha` gives what has no tensor for it.
+    """Build an adapter from a file's tensors: `locate` places each key, `alpha` gives what has no tensor for it.
 
-    FinetuneError for a key without a place, two keys for one place, a half without its other, and halves that
-    do not fit each other.
+    FinetuneError for a key without a place, two keys for one place, and as in `settle`.
     """
-    import torch
-
     places = {key: locate(key) for key in tensors}
     lost = [key for key, place in places.items() if place is None]
     if lost:
-        raise FinetuneError(f"{_some(lost)}: no name of a LoRA for {spec.name}")
-    found: dict[str, Tensor] = {}
-    for key, place in places.items():
-        name = ".".join(place)
-        if name in found:
-            raise FinetuneError(f"{key!r} and another key both mean {name!r}")
-        found[name] = tensors[key].contiguous()
+        raise FinetuneError(f"{_some(lost)}: no name of an adapter for {spec.name}")
+    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, (part, path, role) in places.items():
+        module = found.setdefault((part, path), {})
+        if role in module:
+            raise FinetuneError(f"{key!r} and another key both mean '{part}.{path}.{role}'")
+        module[role] = tensors[key].contiguous()
 
     result = {}
-    for part, path in sorted({place[:2] for place in places.values()}):
+    for (part, path), module in sorted(found.items()):
         stem = f"{part}.{path}"
-        down, up = found.get(f"{stem}.lora_A"), found.get(f"{stem}.lora_B")
-        if down is None or up is None:
-            half = "down (lora_A)" if down is None else "up (lora_B)"
-            raise FinetuneError(f"{stem} lacks its {half} half: the file is incomplete")
-        rank = down.shape[0] if down.ndim > 1 else 0
-        if not rank or up.ndim != down.ndim or up.shape[1:] != (rank, *[1] * (down.ndim - 2)):
-            raise FinetuneError(f"{stem}: halves of {tuple(down.shape)} and {tuple(up.shape)} do not fit")
-        scale = torch.as_tensor(found.get(f"{stem}.alpha", alpha(part, path, rank)), dtype=torch.float32)
-        if scale.numel() != 1:
-            raise FinetuneError(f"{stem}.alpha is not one number but {tuple(scale.shape)}")
-        result |= {f"{stem}.lora_A": down, f"{stem}.lora_B": up, f"{stem}.alpha": scale.reshape(())}
+        settled = settle(stem, module, partial(alpha, part, path))
+        result |= {f"{stem}.{role}": tensor for role, tensor in settled.items()}
     kept = {key: value for key, value in metadata.items() if key != DIFFUSERS_METADATA}
-    return Artifact("lora", spec.name, fold_alpha(result), kept)
-
-
-def published(path: str) -> str:
-    """A module path with the `text_model.` that transformers >= 5.6 and some files leave out."""
-    return f"text_model.{path}" if path.startswith("encoder.layers.") else path
+    return Artifact(kind_of(result), spec.name, fold_alpha(result), kept)
 
 
 def common_metadata(artifact: Artifact) -> dict[str, str]:
@@ -108,11 +102,11 @@ def common_metadata(artifact: Artifact) -> dict[str, str]:
     return own | {"finetune.kind": artifact.kind, "finetune.family": artifact.family}
 
 
-def rank_and_alpha(tensors: Mapping[str, Tensor]) -> tuple[int, float]:
-    """The most frequent rank of canonical LoRA tensors, and their one alpha."""
-    stems = modules(tensors).values()
-    ranks = Counter(tensors[f"{stem}.lora_A"].shape[0] for stem in stems)
-    return max(ranks, key=lambda rank: (ranks[rank], rank)), tensors[f"{next(iter(stems))}.alpha"].item()
+def rank_and_alpha(tensors: Mapping[str, Tensor]) -> tuple[int, float] | None:
+    """The most frequent rank of canonical tensors, and the alpha that goes with it; None if they have no ranks."""
+    pairs = Counter((module[role].shape[0], module["alpha"].item()) for module in modules(tensors).values()
+                    for role in ("lora_A", "hada_w1_b") if role in module)
+    return max(pairs, key=lambda pair: (pairs[pair], pair)) if pairs else None
 
 
 def peft_configs(metadata: Mapping[str, str]) -> dict[str, dict]:
@@ -142,15 +136,15 @@ def _some(keys: list[str]) -> str:
     return ", ".join(map(repr, keys[:3])) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-# What a file is, by the first pattern that any of its tensors' names contains: pattern, kind, format.
+# What a file is, by the first pattern that any of its tensors' names contains: pattern, kind, format if none here reads it.
 _KINDS = (
-    (r"\.dora_scale$", "dora", "kohya"),
+    (r"\.dora_scale$", "dora", None),
     (r"\.lora_magnitude_vector", "dora", "peft"),
-    (r"\.hada_w1_", "loha", "lycoris"),
-    (r"\.lokr_w", "lokr", "lycoris"),
-    (r"\.oft_blocks$|^oft_unet_", "oft", "lycoris"),
+    (r"\.hada_w1_", "loha", None),
+    (r"\.lokr_w", "lokr", None),
+    (r"\.oft_blocks$|^oft_unet_", "oft", "sd-scripts"),
     (r"\.lora_(down|up|A|B)\b|[._]lora\.(down|up)\.|\.lora_linear_layer\.", "lora", None),
-    (r"^lora_.*\.diff$", "difference", "lycoris"),
+    (r"^lora_.*\.diff$", "difference", None),
     (r"^(emb_params|clip_l|clip_g)$", "embedding", "webui"),
     (r"^model\.diffusion_model\.", "checkpoint", "single_file"),
     (r"^first_stage_model\.|^(encoder\.down|decoder\.up)\.\d", "vae", "single_file"),
@@ -169,7 +163,8 @@ _FAMILY_OF_VERSION = {
     "stable-diffusion-3": "sd3",
 }
 _FAMILY_OF_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-_DOWN = re.compile(r"[._](lora_down|lora_A|lora\.down|lora_linear_layer\.down)\b")
+# One tensor of every adapted module. The first group: those whose first axis is the rank, and whose second the input.
+_ONE = re.compile(r"[._](lora_down|lora_A|lora\.down|lora_linear_layer\.down|hada_w1_b)\b|\.(lokr_w1(_a)?|oft_blocks|diff)$")
 
 
 def identify(header: Header) -> dict:
@@ -179,11 +174,10 @@ def identify(header: Header) -> dict:
         ((kind, form) for pattern, kind, form in _KINDS if any(re.search(pattern, name) for name in names)),
         (None, None),
     )
-    downs = [name for name in names if kind in ("lora", "dora") and _DOWN.search(name)]
-    if kind == "lora":
-        readers = (name for name in registry.names("formats") if registry.find("formats", name).reads(header))
-        format_name = next(readers, None)
-    prefixes = Counter(re.match(r"lora_[^_]+|[^.]*", name)[0] for name in downs)
+    readers = (name for name in registry.names("formats") if registry.find("formats", name).reads(header))
+    format_name = next(readers, format_name)
+    ones = {name: found for name in names if (found := _ONE.search(name))}
+    prefixes = Counter(re.match(r"lora_[^_]+|[^.]*", name)[0] for name in ones)
     parts: Counter[str] = Counter()
     for prefix, count in prefixes.items():
         parts[_PARTS.get(prefix, prefix)] += count
@@ -191,7 +185,7 @@ def identify(header: Header) -> dict:
         "kind": kind,
         "format": format_name,
         "family": _family(header),
-        "ranks": sorted({names[name][1][0] for name in downs if names[name][1]}),
+        "ranks": sorted({names[name][1][0] for name, found in ones.items() if found[1] and names[name][1]}),
         "alphas": _alphas(header),
         "modules": dict(sorted(parts.items())),
     }
@@ -205,7 +199,8 @@ def _family(header: Header) -> str | None:
     version = said.get("ss_base_model_version") or said.get("modelspec.architecture") or ""
     known = next((family for start, family in _FAMILY_OF_VERSION.items() if version.startswith(start)), None)
     keys = [name for name in header.tensors if re.search(r"attn2[._]to_k[._]", name)]
-    shapes = [header.tensors[key][1] for key in keys if _DOWN.search(key) or key.endswith("to_k.weight")]
+    wide = [key for key in keys if (found := _ONE.search(key)) and found[1] or key.endswith(("to_k.weight", "to_k.diff"))]
+    shapes = [header.tensors[key][1] for key in wide]
     return known or next(filter(None, (_FAMILY_OF_WIDTH.get(shape[-1]) for shape in shapes if shape)), None)
 
 

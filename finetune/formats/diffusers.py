@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from finetune.artifact import Artifact, Header, fold_alpha, modules
+from finetune.artifact import Artifact, Header, fold_alpha, modules, published
 from finetune.formats.base import (
-    DIFFUSERS_METADATA, Place, common_metadata, gather, number, peft_configs, published, rank_and_alpha,
+    DIFFUSERS_METADATA, Place, common_metadata, gather, number, peft_configs, rank_and_alpha,
 )
 
 if TYPE_CHECKING:  # both cost an import of torch
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # both cost an import of torch
 
     from finetune.families.base import FamilySpec
 
+KINDS = ("lora",)      # its loader refuses LoHa, LoKr, OFT and differences, and drops a dora_scale
 WRITTEN = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"}
 # The first is what we write; diffusers' own scripts also write the others.
 SUFFIXES = {
@@ -61,15 +62,15 @@ def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dic
     rank, alpha = rank_and_alpha(folded)
     tensors: dict[str, Tensor] = {}
     config: dict[str, object] = {}
-    for part in sorted({part for part, _ in modules(folded)}):
+    adapted = modules(folded)
+    for part in sorted({part for part, _ in adapted}):
         component = spec.components[part]
         ranks = {}
-        for (_, path), stem in modules(folded).items():
-            if stem.startswith(f"{part}."):
-                for role, suffix in WRITTEN.items():
-                    tensors[f"{component}.{path}{suffix}"] = folded[f"{stem}.{role}"]
-                # peft matches whole ends of module names: without text_model. this fits every transformers.
-                ranks[path.removeprefix("text_model.")] = folded[f"{stem}.lora_A"].shape[0]
+        for path, module in ((path, module) for (own, path), module in adapted.items() if own == part):
+            for role, suffix in WRITTEN.items():
+                tensors[f"{component}.{path}{suffix}"] = module[role]
+            # peft matches whole ends of module names: without text_model. this fits every transformers.
+            ranks[path.removeprefix("text_model.")] = module["lora_A"].shape[0]
         # Older versions of peft refuse a field they do not know: no more than these.
         settings = {
             "r": rank,

@@ -1,4 +1,4 @@
-"""The names that every consuming tool reads: lora_unet_down_blocks_0_..._to_k.lora_down.weight."""
+"""The names of sd-scripts and LyCORIS, which most tools read: lora_unet_down_blocks_0_..._to_k.lora_down.weight."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from finetune.artifact import Artifact, Header, fold_alpha, modules
-from finetune.formats.base import Place, common_metadata, gather, number, published, rank_and_alpha
+from finetune.artifact import Artifact, Header, fold_alpha, modules, published
+from finetune.formats._modules import KINDS as _KINDS
+from finetune.formats._modules import ROLES
+from finetune.formats.base import Place, common_metadata, gather, number, rank_and_alpha
 
 if TYPE_CHECKING:  # both cost an import of torch
     from torch import Tensor
 
     from finetune.families.base import FamilySpec
 
-ROLES = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B", "alpha": "alpha"}
+KINDS = tuple(_KINDS.values())
+# What sd-scripts and LyCORIS write behind a module's name, and the role that it is here.
+SUFFIXES = {role: role for role in ROLES} | {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B",
+                                             "lora_mid.weight": "lora_mid"}
+WRITTEN = {role: suffix for suffix, role in SUFFIXES.items()}
 
 # A kohya file does not say which of its underscores were dots: these are the names between the dots, in the
 # UNets of diffusers and in CLIP's text models.
@@ -29,8 +35,9 @@ SEGMENT = rf"(?:{'|'.join(sorted(SEGMENTS, key=len, reverse=True))}|\d+)(?=_|$)"
 
 
 def reads(header: Header) -> bool:
-    """True for a header with kohya's LoRA names."""
-    return any(re.match(r"lora_(unet|te\d?)_.*\.lora_(down|up)\.weight$", name) for name in header.tensors)
+    """True for a header with the names of sd-scripts or LyCORIS."""
+    found = (re.fullmatch(r"lora_(?:unet|te\d?)_[^.]*\.(.*)", name) for name in header.tensors)
+    return any(name and name[1] in SUFFIXES for name in found)
 
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
@@ -42,22 +49,22 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: Fam
         module, _, role = key.partition(".")
         for prefix, part in prefixes.items():
             path = _dotted(module.removeprefix(f"{prefix}_")) if module.startswith(f"{prefix}_") else None
-            if path and role in ROLES:
-                return part, published(path), ROLES[role]
+            if path and role in SUFFIXES:
+                return part, published(path), SUFFIXES[role]
         return None
 
     return gather(tensors, metadata, spec, locate)
 
 
 def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) as sd-scripts writes them, always with alphas, and the same for every run."""
+    """(tensors, metadata) as sd-scripts and LyCORIS write them, always with alphas, and the same for every run."""
     folded = fold_alpha(artifact.tensors)
     tensors = {}
-    for (part, path), stem in modules(folded).items():
+    for (part, path), module in modules(folded).items():
         flat = path.replace(".", "_")
         assert _dotted(flat) == path, f"SEGMENTS lacks the names to read {flat!r} back as {path!r}"
-        for suffix, role in ROLES.items():
-            tensors[f"{spec.kohya[part]}_{flat}.{suffix}"] = folded[f"{stem}.{role}"]
+        for role, tensor in module.items():
+            tensors[f"{spec.kohya[part]}_{flat}.{WRITTEN[role]}"] = tensor
     return tensors, common_metadata(artifact) | _metadata(artifact, folded, spec)
 
 
@@ -70,14 +77,13 @@ def _dotted(flat: str) -> str | None:
 
 def _metadata(artifact: Artifact, tensors: Mapping[str, Tensor], spec: FamilySpec) -> dict[str, str]:
     """What A1111, Forge and SD.Next sort and label adapters by."""
-    rank, alpha = rank_and_alpha(tensors)
+    size = rank_and_alpha(tensors)
+    ranked = {"ss_network_dim": str(size[0]), "ss_network_alpha": str(number(size[1]))} if size else {}
     title = artifact.metadata.get("ss_output_name", f"{spec.name} LoRA")
-    return {
+    return ranked | {
         "ss_base_model_version": spec.base_version,
         "ss_v2": str(spec.base_version.startswith("sd_v2")),
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(number(alpha)),
+        "ss_network_module": "networks.lora" if artifact.kind == "lora" else "lycoris.kohya",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{spec.architecture}/lora",
         "modelspec.implementation": "diffusers",

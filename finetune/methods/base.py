@@ -11,21 +11,29 @@ class Method(Protocol):
     """A module of this folder has `build(seed=…, **fields of the recipe) -> Method`."""
 
     objective: ClassVar[Literal["denoise", "decode"]]
-    trains: tuple[str, ...]             # the family's parts that hold trainable parameters
+    kind: str                           # of the artifact that it exports
+    trains: tuple[str, ...]             # the family's parts that hold trainable parameters, once it is installed
 
     def install(self, family) -> None:
         """Add or unfreeze what is trained. Raises FinetuneError when the family has no such thing."""
 
-    def groups(self) -> list[dict]:
-        """Optimizer groups: `params`, and `lr` where the method has its own."""
+    def groups(self, learning_rate: float) -> list[dict]:
+        """Optimizer groups: `params`, and `lr`, which is the run's where the method has none of its own."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, under the artifact's names."""
 
-    def export(self, metadata: dict[str, str]) -> Artifact: ...
+    def after_step(self) -> None:
+        """What has to hold after each step of the optimizer, such as a limit on norms."""
+
+    def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
+        """Its files: the name of each, "" for the run's own, and what is in it."""
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Put `parameters()` back, bit for bit. Raises FinetuneError when names or shapes do not fit."""
+
+    def start_from(self, artifact: Artifact) -> None:
+        """Begin where the artifact is, not at the base. Raises FinetuneError when it does not fit."""
 
     def at(self, strength: float):
         """A context in which what is trained counts `strength` times, as a user of the file would have it; at 0 the

@@ -1,54 +1,111 @@
-"""LoRA: a low-rank difference B·A on the weights of the denoiser (Hu et al. 2021), injected by peft."""
+"""LoRA: a low-rank difference B·A on the weights of the denoiser (Hu et al. 2021), and its relatives."""
 
-import difflib
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from finetune.artifact import Artifact
+from finetune.artifact import Artifact, fold_alpha, modules, published
+from finetune.change import change, core
 from finetune.diffusion import noise
 from finetune.errors import FinetuneError
+from finetune.families.base import CLIP_TARGETS
+from finetune.methods._targets import Part, override, resolve
+from finetune.methods._variants import VARIANTS, Setting, tensor
 
-ADAPTED = (nn.Linear, nn.Conv2d)
 
-
+@dataclass
 class Lora:
-    """B is zero at the start, so that training begins at the base; A and B are float32 whatever the base is."""
+    """At the start the change is zero, so that training begins at the base; float32 is trained, whatever the base is."""
 
-    objective = "denoise"
-    trains = ("denoiser",)
+    variant: str
+    rank: int | None
+    alpha: float | None
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    factor: int | None
+    block: int | None
+    init: str | None
+    dropout: float
+    rank_dropout: float
+    module_dropout: float
+    targets: list[str]
+    learning_rate: float | None
+    lora_plus: float | None
+    max_norm: float | None
+    text: dict | None
+    seed: int
+    trains: tuple[str, ...] = ("denoiser",)
+    layers: dict[str, nn.Module] = field(default_factory=dict)      # "<part>.<published path>" -> the adapted layer
+    scales: dict[str, Tensor] = field(default_factory=dict)         # the same -> its alpha, as a file has it
 
-    def __init__(self, rank: int, alpha: float, dropout: float, targets: list[str], learning_rate: float | None, seed: int):
-        self.rank, self.alpha, self.dropout, self.targets = rank, alpha, dropout, targets
-        self.learning_rate, self.seed = learning_rate, seed
+    objective: ClassVar = "denoise"
+
+    @property
+    def kind(self) -> str:
+        return VARIANTS[self.variant].kind
 
     def install(self, family) -> None:
         from diffusers.training_utils import cast_training_params
-        from peft import LoraConfig
 
-        self.family, self.denoiser = family.spec.name, family.parts["denoiser"]
-        self.paths = resolve(self.targets, self.denoiser, family.spec)
+        self.family = family.spec.name
+        self.setting = Setting(self.variant, self.factor, self.block, self.init, self.dropout, self.rank_dropout,
+                               self.module_dropout)
+        encoders = [part for part in family.parts if part.startswith("text")] if self.text else []
+        self.trains = ("denoiser", *encoders)
+        planned = {part: self.plan(family, part) for part in self.trains}
         with torch.random.fork_rng():
             torch.manual_seed(noise.derive(self.seed, 0, "lora init") % 2**63)
-            self.denoiser.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout,
-                                                 target_modules=self.paths))
-        cast_training_params(self.denoiser, torch.float32)      # peft gives an adapter the dtype of its base
+            for part, layers in planned.items():
+                module = family.parts[part]
+                VARIANTS[self.variant].attach(module, layers, self.setting)
+                cast_training_params(module, torch.float32)     # peft gives an adapter the dtype of its base,
+                module.train(module.training)                   # and has it train while the base rests
+        for part, layers in planned.items():
+            for path, (_, alpha) in layers.items():
+                stem = f"{part}.{published(path)}"
+                self.layers[stem], self.scales[stem] = family.parts[part].get_submodule(path), torch.tensor(float(alpha))
+
+    def plan(self, family, part: str) -> dict[str, tuple[int, float]]:
+        """{path: (rank, alpha)} of a part's layers that get an adapter. Raises FinetuneError for words that name none."""
+        own, groups, key = ((vars(self), family.spec.targets, "method") if part == "denoiser" else
+                            (self.text, CLIP_TARGETS, "method.text"))
+        where = Part(f"{family.spec.name}.{part}", family.parts[part], groups)
+        paths = resolve(own["targets"], where, f"{key}.targets")
+        if not self.rank:       # LoKr and OFT have neither rank nor scale
+            return {path: (1, 1.0) for path in paths}
+        ranks = override(own["rank"] or self.rank, own.get("ranks", {}), paths, where, f"{key}.ranks")
+        alphas = override(own["alpha"], own.get("alphas", {}), paths, where, f"{key}.alphas")
+        # rsLoRA (Kalajdzievski 2023) scales by alpha / √rank: a LoRA whose alpha is larger by √rank.
+        larger = {path: rank ** 0.5 if self.variant == "rslora" else 1.0 for path, rank in ranks.items()}
+        return {path: (rank, (alphas[path] or rank) * larger[path]) for path, rank in ranks.items()}
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        modules = {path: self.denoiser.get_submodule(path) for path in self.paths}
-        return {f"denoiser.{path}.{side}": getattr(module, side)["default"].weight
-                for path, module in modules.items() for side in ("lora_A", "lora_B")}
+        return {f"{stem}.{role}": tensor(layer, role)
+                for stem, layer in self.layers.items() for role in VARIANTS[self.variant].roles}
 
-    def groups(self) -> list[dict]:
-        group = {"params": list(self.parameters().values())}
-        return [group | ({"lr": self.learning_rate} if self.learning_rate else {})]
+    def groups(self, learning_rate: float) -> list[dict]:
+        """LoRA+ (Hayou et al. 2024): B has a learning rate of its own, and so may the text encoders."""
+        rates: dict[float, list[nn.Parameter]] = {}
+        for name, p in self.parameters().items():
+            own = self.text["learning_rate"] if not name.startswith("denoiser.") else None
+            rate = own or self.learning_rate or learning_rate
+            if self.lora_plus and name.endswith(".lora_B"):
+                rate *= self.lora_plus
+            rates.setdefault(rate, []).append(p)
+        return [{"params": params, "lr": rate} for rate, params in rates.items()]
 
-    def export(self, metadata: dict[str, str]) -> Artifact:
+    def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
+        """The files of the variant; of OFT the difference that it makes, which six tools read instead of two."""
         tensors = {name: p.detach().cpu().clone() for name, p in self.parameters().items()}
-        tensors |= {f"denoiser.{path}.alpha": torch.tensor(float(self.alpha)) for path in self.paths}
-        return Artifact("lora", self.family, tensors, metadata)
+        if self.variant == "oft":
+            tensors = {f"{stem}.diff": change({"oft_blocks": tensor(layer, "oft_blocks").detach()}, layer.weight).cpu()
+                       for stem, layer in self.layers.items()}
+        else:
+            tensors |= {f"{stem}.alpha": alpha for stem, alpha in self.scales.items()}
+        return {"": Artifact(self.kind, self.family, fold_alpha(tensors), metadata)}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -59,46 +116,44 @@ class Lora:
         for name, p in mine.items():
             p.copy_(tensors[name])
 
+    def start_from(self, artifact: Artifact) -> None:
+        """Go on from an adapter; a scale other than the recipe's goes into the tensors. Raises FinetuneError unless layers
+        and shapes are the recipe's."""
+        mine, zero = self.parameters(), VARIANTS[self.variant].zero
+        theirs = {name: t.float() for name, t in artifact.tensors.items() if not name.endswith(".alpha")}
+        problems = [(theirs.keys() - mine, "of the file are not among what the recipe trains"),
+                    (mine.keys() - theirs, "that the recipe trains are not in the file"),
+                    ({name for name in mine.keys() & theirs.keys() if mine[name].shape != theirs[name].shape},
+                     "have another shape in the file: ranks and base have to be the same")]
+        if said := [f"{len(names)} tensors {why}: {', '.join(sorted(names)[:3])}" for names, why in problems if names]:
+            raise FinetuneError(f"method.start_from: this {artifact.kind} does not fit the recipe's {self.variant}\n    "
+                                + "\n    ".join(said))
+        for (part, path), module in modules(artifact.tensors).items():
+            if zero and "alpha" in module:
+                stem = f"{part}.{path}"
+                theirs[f"{stem}.{zero}"] = theirs[f"{stem}.{zero}"] * (module["alpha"] / self.scales[stem])
+        self.restore(theirs)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Scale down each change whose norm is above `max_norm`, all factors alike, as sd-scripts' scale_weight_norms."""
+        if not self.max_norm:
+            return
+        roles = VARIANTS[self.variant].product
+        for stem, layer in self.layers.items():
+            factors = {role: tensor(layer, role) for role in roles}
+            norm = core(factors | {"alpha": self.scales[stem]}).norm()
+            for p in factors.values():
+                p.mul_((self.max_norm / norm).clamp(max=1) ** (1 / len(roles)))
+
     @contextmanager
     def at(self, strength: float):
         """Inside, the difference is multiplied by `strength`."""
-        modules = [self.denoiser.get_submodule(path) for path in self.paths]
+        self.setting.strength = strength
         try:
-            for module in modules:
-                module.set_scale("default", strength)
             yield
         finally:
-            for module in modules:
-                module.set_scale("default", 1.0)
-
-
-def resolve(targets: list[str], module: nn.Module, spec) -> list[str]:
-    """The paths of the modules that the targets name, sorted. A target is a group of the family, or a pattern with `*`
-    that has to fit a module's whole path or the end of it. Raises FinetuneError for one that names nothing."""
-    paths = [path for path, m in module.named_modules() if isinstance(m, ADAPTED)]
-    others = {path for path, m in module.named_modules() if path} - set(paths)
-
-    def fitting(pattern: str, among) -> set[str]:
-        return {path for path in among if fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")}
-
-    chosen: set[str] = set()
-    for target in targets:
-        found = [fitting(pattern, paths) for pattern in spec.targets.get(target, (target,))]
-        if not all(found):
-            if unfit := fitting(target, others):
-                what = type(module.get_submodule(sorted(unfit)[0])).__name__
-                why = f"names {len(unfit)} modules ({what}), none of them a Linear or Conv2d; add `.*` for what is inside"
-            else:
-                last = {name: sum(p == name or p.endswith(f".{name}") for p in paths)
-                        for p in paths for name in [p.rsplit(".", 1)[-1]] if not name.isdigit()}
-                near = difflib.get_close_matches(target, [*spec.targets, *last], 1, 0.4)
-                why = f"matches no module of {spec.name}.denoiser"
-                if near:
-                    why += f"\n    nearest: {near[0]!r}" + (f" ({last[near[0]]} modules)" if near[0] in last else "")
-                why += f"\n    groups: {', '.join(spec.targets)}"
-            raise FinetuneError(f"method.targets: {target!r} {why}")
-        chosen.update(*found)
-    return sorted(chosen)
+            self.setting.strength = 1.0
 
 
 def build(**fields) -> Lora:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from finetune import registry
-from finetune.artifact import Artifact, deltas, read_header
+from finetune.artifact import Artifact, modules, read_header
+from finetune.change import core
 from finetune.formats import base
 
 SPEC = registry.find("families", "sd1").SPEC
@@ -120,8 +121,8 @@ def test_plain_diffusers_applies_exactly_the_deltas(parts, tmp_path, name, chose
     base.save(artifact, tmp_path / "x.safetensors", name, SPEC)
 
     merged = {part: copy.deepcopy(module).double() for part, module in parts.items()}
-    for part, path, delta in deltas(artifact):
-        module_of(merged, part, path).weight.data += delta.double()
+    for (part, path), module in modules(artifact.tensors).items():
+        module_of(merged, part, path).weight.data += core(module).double()
     loaded = {part: copy.deepcopy(module).double() for part, module in parts.items()}
     StableDiffusionPipeline(
         vae=None, tokenizer=None, scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None,

@@ -1,0 +1,91 @@
+"""One module of an adapter file: is it whole, and how is it said in the roles of an Artifact.
+
+LyCORIS and sd-scripts know several spellings of one change. What is multiplied out here becomes an equal one that more
+tools read: Tucker's core goes into the side of the inputs, the factors of a LoKr become its two whole matrices, and its
+scale goes into the first of them, since tools ignore the alpha of a LoKr whose matrices are whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from finetune.errors import FinetuneError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# The kinds, by a role that only they have; of a file that mixes them the first counts.
+KINDS = {"dora_scale": "dora", "hada_w1_a": "loha", "lokr_w1": "lokr", "oft_blocks": "oft", "diff": "difference",
+         "lora_A": "lora"}
+# What a module has of one kind: all of a row, and beside it no more than alpha and dora_scale.
+WHOLE = (("lora_A", "lora_B"), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("lokr_w1", "lokr_w2"),
+         ("oft_blocks",), ("diff",))
+# Further roles that a file may have, and that are multiplied out.
+FACTORS = ("lora_mid", "hada_t1", "hada_t2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+ROLES = (*(role for row in WHOLE for role in row), *FACTORS, "alpha", "dora_scale")
+SAID = {"lora_A": "its down half (lora_A)", "lora_B": "its up half (lora_B)"}
+
+
+def kind_of(names: Iterable[str]) -> str:
+    """The kind of an adapter with these canonical names."""
+    roles = {name.rpartition(".")[2] for name in names}
+    return next(kind for role, kind in KINDS.items() if role in roles)
+
+
+def settle(stem: str, found: Mapping[str, Tensor], alpha: Callable[[int], float]) -> dict[str, Tensor]:
+    """The module in the roles of an Artifact; `alpha(rank)` is for a file that has none.
+
+    FinetuneError for a module that is not whole, or whose tensors do not fit each other."""
+    import torch
+
+    from finetune.change import core
+
+    shapes = " and ".join(str(tuple(t.shape)) for role, t in found.items() if role != "alpha")
+    try:
+        t, scale = _multiplied_out(dict(found))
+        wanted = max(WHOLE, key=lambda row: sum(role in t for role in row))
+        if missing := [role for role in wanted if role not in t]:
+            said = ", ".join(SAID.get(role, role) for role in missing)
+            raise FinetuneError(f"{stem} lacks {said}: the file is incomplete")
+        if more := sorted(t.keys() - {*wanted, "alpha", "dora_scale"}):
+            raise FinetuneError(f"{stem} has {', '.join(more)} beside {', '.join(wanted)}: which change is meant?")
+        rank = (t.get("lora_A", t.get("hada_w1_b", t[wanted[0]])).shape or (0,))[0]
+        given = torch.as_tensor(t.pop("alpha", alpha(rank)), dtype=torch.float32)
+        if given.numel() != 1:
+            raise FinetuneError(f"{stem}.alpha is not one number but {tuple(given.shape)}")
+        given = given.reshape(())
+        if "oft_blocks" in t and "alpha" in found and given > 0:
+            raise FinetuneError(f"{stem}: a constrained OFT (alpha {given:g}), which every tool applies in another way")
+        if "lokr_w1" in t and scale:
+            t["lokr_w1"] = t["lokr_w1"] * (given / scale if "alpha" in found else 1.0)
+        if "diff" not in t:
+            fixed = {"lokr_w1": 1.0, "oft_blocks": 0.0}.get(wanted[0])
+            t["alpha"] = given if fixed is None else torch.tensor(fixed)
+        if "dora_scale" in t and t["dora_scale"].ndim < 2:
+            raise FinetuneError(f"{stem}.dora_scale has the shape {tuple(t['dora_scale'].shape)}: of rows or of columns?")
+        if not rank or any(tensor.ndim < 2 for role, tensor in t.items() if role != "alpha"):
+            raise IndexError
+        core({role: tensor.to("meta") for role, tensor in t.items()})
+    except (RuntimeError, IndexError):
+        raise FinetuneError(f"{stem}: tensors of {shapes} do not fit each other") from None
+    return t
+
+
+def _multiplied_out(t: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """Without FACTORS, and the rank that a LoKr's alpha is to be divided by: 0 for one without a rank."""
+    import torch
+
+    rank = 0
+    if {"lora_mid", "lora_A"} <= t.keys():
+        t["lora_A"] = torch.einsum("mn...,nj->mj...", t.pop("lora_mid").float(), t["lora_A"].flatten(1).float())
+    for i in "12":
+        if {f"hada_t{i}", f"hada_w{i}_a", f"hada_w{i}_b"} <= t.keys():
+            tucker = torch.einsum("ij...,jr->ir...", t.pop(f"hada_t{i}").float(), t[f"hada_w{i}_b"].float())
+            t |= {f"hada_w{i}_a": t[f"hada_w{i}_a"].float().mT, f"hada_w{i}_b": tucker.flatten(1)}
+        if {f"lokr_w{i}_a", f"lokr_w{i}_b"} <= t.keys():
+            left, right = (t.pop(f"lokr_w{i}_{side}").float() for side in "ab")
+            rank = right.shape[0]
+            core = t.pop("lokr_t2", None) if i == "2" else None
+            t[f"lokr_w{i}"] = left @ right if core is None else torch.einsum("ij...,jr,ip->pr...", core.float(), right, left)
+    return {role: tensor.contiguous() for role, tensor in t.items()}, rank

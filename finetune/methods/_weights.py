@@ -1,0 +1,52 @@
+"""Weights of the base that are trained themselves, beside what they were."""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from finetune.artifact import Artifact
+from finetune.errors import FinetuneError
+
+
+class Weights:
+    """What they were lies on the CPU, so that the device holds no second copy of a model."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]):
+        self.parameters = {name: p.requires_grad_() for name, p in parameters.items()}
+        self.base = stored(parameters)
+
+    def artifact(self, kind: str, family: str, metadata: dict[str, str], also: dict[str, Tensor] = {}) -> Artifact:
+        """What is trained, and `also`. Raises FinetuneError when not one weight has moved."""
+        now = stored(self.parameters)
+        if all(torch.equal(self.base[name], t) for name, t in now.items()):
+            raise FinetuneError("training has changed nothing: nothing is written; raise train.learning_rate or train.max_steps")
+        return Artifact(kind, family, stored(also) | now, metadata)
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Raises FinetuneError, with nothing changed, when names or shapes do not fit."""
+        mine = self.parameters
+        if unlike := {n for n in mine.keys() | tensors.keys()
+                      if n not in mine or n not in tensors or mine[n].shape != tensors[n].shape}:
+            raise FinetuneError(f"{len(unlike)} tensors do not fit these weights, for example {sorted(unlike)[0]}")
+        for name, p in mine.items():
+            p.copy_(tensors[name])
+
+    @contextmanager
+    def at(self, strength: float):
+        """Inside, each weight is base + strength · (trained − base); exactly the base's at 0. At 1 nothing is moved."""
+        if strength == 1:
+            yield
+            return
+        trained = stored(self.parameters)
+        try:
+            self.restore({name: torch.lerp(self.base[name].float(), t.float(), strength) for name, t in trained.items()})
+            yield
+        finally:
+            self.restore(trained)
+
+
+def stored(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU."""
+    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters.items()}

@@ -1,0 +1,107 @@
+"""Full fine-tuning: the weights of the denoiser themselves, or a pattern of them (Ruiz et al. 2023; Custom Diffusion, Kumari
+et al. 2023, trains the keys and values of cross-attention)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from finetune.artifact import Artifact, modules, published
+from finetune.errors import FinetuneError
+from finetune.methods._targets import ADAPTED, Part, resolve
+from finetune.methods._weights import Weights
+
+ENCODER = ("encoder.layers.", "final_layer_norm.")      # what is trained of a CLIP: its tokens and places stay
+
+
+@dataclass
+class Full:
+    """The weights are trained in the format that the base is loaded in: see optim/rounding.py for bfloat16."""
+
+    targets: list[str] | None
+    learning_rate: float | None
+    text: dict | None
+    extract_rank: int | None
+    seed: int
+    trains: tuple[str, ...] = ("denoiser",)
+
+    objective: ClassVar = "denoise"
+    kind: ClassVar = "full"
+
+    def install(self, family) -> None:
+        self.family = family.spec.name
+        self.trains = ("denoiser", *(part for part in family.parts if self.text and part.startswith("text")))
+        if any(p.dtype == torch.float16 for part in self.trains for p in family.parts[part].parameters()):
+            raise FinetuneError("base.dtype: float16 is too coarse for weights that are trained; use float32, or bfloat16 "
+                                "whose steps are rounded at random")
+        self.weights = Weights({f"{part}.{published(name)}": p for part in self.trains
+                                for name, p in self.chosen(family, part).items()})
+        # The layers that a LoRA can be extracted of.
+        self.layers = [f"{part}.{published(path)}" for part in self.trains
+                       for path, m in family.parts[part].named_modules() if isinstance(m, ADAPTED)]
+
+    def chosen(self, family, part: str) -> dict[str, nn.Parameter]:
+        """The parameters of a part that are trained. Raises FinetuneError for words that name none."""
+        module = family.parts[part]
+        if part != "denoiser":
+            return {name: p for name, p in module.named_parameters() if name.removeprefix("text_model.").startswith(ENCODER)}
+        if self.targets is None:
+            return dict(module.named_parameters())
+        paths = resolve(self.targets, Part(f"{family.spec.name}.denoiser", module, family.spec.targets), "method.targets")
+        return {f"{path}.{name}": p for path in paths for name, p in module.get_submodule(path).named_parameters()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.weights.parameters
+
+    def groups(self, learning_rate: float) -> list[dict]:
+        rates: dict[float, list[nn.Parameter]] = {}
+        for name, p in self.parameters().items():
+            own = self.text["learning_rate"] if not name.startswith("denoiser.") else None
+            rates.setdefault(own or self.learning_rate or learning_rate, []).append(p)
+        return [{"params": params, "lr": rate} for rate, params in rates.items()]
+
+    def after_step(self) -> None:
+        pass
+
+    def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
+        """The weights, and with `extract_rank` a LoRA beside them that is nearly the same."""
+        found = {"": self.weights.artifact(self.kind, self.family, metadata)}
+        if self.extract_rank:
+            lora, rest = extracted(found[""].tensors, self.weights.base, self.layers, self.extract_rank)
+            name = f"{metadata.get('ss_output_name', self.kind)}.lora"
+            found[name] = Artifact("lora", self.family, lora, metadata | {
+                "ss_output_name": name, "modelspec.title": name, "finetune.extracted": f"rank {self.extract_rank}, relative rest {rest:.4f}"})
+        return found
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.weights.restore(tensors)
+
+    def at(self, strength: float):
+        return self.weights.at(strength)
+
+
+def extracted(tensors: dict[str, Tensor], base: dict[str, Tensor], layers: list[str], rank: int) -> tuple[dict[str, Tensor], float]:
+    """The nearest LoRA of this rank in each layer, by the singular values of what changed (Eckart & Young 1936), and the share
+    of the whole change that it lacks, biases and norms too: ‖change − LoRA‖ / ‖change‖ by Frobenius."""
+    lora, rest, whole = {}, 0.0, 0.0
+    for (part, path), roles in modules(tensors).items():
+        stem = f"{part}.{path}"
+        for role, t in roles.items():
+            change = t.float() - base[f"{stem}.{role}"].float()
+            whole += (size := change.square().sum().item())
+            if role != "weight" or stem not in layers:
+                rest += size
+                continue
+            u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
+            kept = min(rank, len(s))
+            root, kernel = s[:kept].sqrt(), change.shape[2:]
+            lora |= {f"{stem}.lora_A": (root[:, None] * v[:kept]).reshape(kept, *change.shape[1:]).contiguous(),
+                     f"{stem}.lora_B": (u[:, :kept] * root).reshape(-1, kept, *[1] * len(kernel)).contiguous(),
+                     f"{stem}.alpha": torch.tensor(float(kept))}
+            rest += s[kept:].square().sum().item()
+    return lora, (rest / whole) ** 0.5
+
+
+def build(**fields) -> Full:
+    return Full(**fields)

@@ -1,0 +1,147 @@
+"""The words of the methods; schema.py has the others."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from finetune.recipe.words import STRICT, Fraction, Positive, Rate, Some, Text
+
+LOW_RANK = ("lora", "rslora", "dora")
+OWN = {     # what only some variants have, and its value where they have it
+    "rank": ((*LOW_RANK, "loha"), 16), "alpha": ((*LOW_RANK, "loha"), None), "ranks": ((*LOW_RANK, "loha"), None),
+    "alphas": ((*LOW_RANK, "loha"), None), "factor": (("lokr",), 8), "block": (("oft",), 32), "init": (LOW_RANK, "kaiming"),
+    "dropout": (LOW_RANK, None), "rank_dropout": ((*LOW_RANK, "loha", "lokr"), None), "lora_plus": (LOW_RANK, None),
+    "max_norm": (("lora", "rslora", "loha", "lokr"), None)}
+
+
+NAME = re.compile(r"(?!_)\w[\w-]{0,99}")
+
+
+class TextLora(BaseModel):
+    """The same adapter on the text encoders."""
+
+    model_config = STRICT
+
+    rank: Positive | None = None
+    """Rank there; null is the method's."""
+    alpha: Rate | None = None
+    """Alpha there; null is each layer's own rank."""
+    targets: Some[Text] = ("attention",)
+    """Layers: attention, feed_forward, all (both), or patterns as `*.fc1`."""
+    learning_rate: Rate | None = None
+    """Their own learning rate, often a half or less; null is the method's."""
+
+
+class Lora(BaseModel):
+    """Low-rank adapter on linear and convolution layers, or one of its relatives."""
+
+    model_config = STRICT
+
+    kind: Literal["lora"]
+    """The method."""
+    variant: Literal["lora", "rslora", "dora", "loha", "lokr", "oft"] = "lora"
+    """lora adds B·A; rslora scales it by alpha / √rank, for high ranks; dora also learns the length of each column; loha and
+    lokr build a change of full rank from small factors; oft turns blocks of rows. Most tools load all of them, diffusers
+    only lora and rslora (docs/decisions/0007)."""
+    rank: Positive | None = Field(None, validate_default=True)
+    """Rank of the adapter: more can hold more, and its file grows in proportion; 16 if left out. lokr and oft have none."""
+    alpha: Rate | None = None
+    """The adapter is scaled by alpha / rank; null is each layer's own rank."""
+    ranks: dict[Text, Positive] = {}
+    """Other ranks for some of the targets, by group or pattern, such as `{conv: 8, "*.attn1.*": 32}`."""
+    alphas: dict[Text, Rate] = {}
+    """Other alphas for some of the targets, likewise."""
+    factor: Annotated[int, Field(ge=2)] | None = Field(None, validate_default=True)
+    """Of lokr: a matrix of about factor × factor, times one that has so many times fewer rows and columns than the layer; 8
+    if left out. Less holds more, in a larger file."""
+    block: Annotated[int, Field(ge=2)] | None = Field(None, validate_default=True)
+    """Of oft: so many rows are turned together, or the nearest smaller number that divides a layer's; 32 if left out."""
+    init: Literal["kaiming", "gaussian"] | None = Field(None, validate_default=True)
+    """How A is drawn: as in the paper's code, if left out, or normal with a deviation of 1 / rank. B is zero."""
+    dropout: Fraction = 0.0
+    """Share of the adapter's inputs that is dropped in each step."""
+    rank_dropout: Fraction = 0.0
+    """Share of the ranks that is dropped in each step, of loha and lokr of the rows."""
+    module_dropout: Fraction = 0.0
+    """Share of the layers whose adapter is left out in each step."""
+    targets: Some[Text] = ("cross_attention",)
+    """Layers that get an adapter: cross_attention, attention, feed_forward, all (of these, with the projections around
+    them), conv (the rest of the blocks), or patterns as `*.to_k`."""
+    learning_rate: Rate | None = None
+    """The method's own learning rate; null is `train.learning_rate`."""
+    lora_plus: Rate | None = None
+    """LoRA+: B learns so many times faster than A, such as 16; null is as fast."""
+    max_norm: Rate | None = None
+    """After each step a layer's change is scaled down to this norm, such as 1; null lets it grow."""
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the run after which it stays as it is."""
+    start_from: Text | None = None
+    """An adapter file of this variant, with the same targets and ranks, that training goes on from."""
+    text: TextLora | None = None
+    """Also adapt the text encoders, such as `{rank: 8, learning_rate: 5e-5}`; null leaves them alone."""
+
+    @field_validator("text")
+    @classmethod
+    def _without_ranks(cls, text: TextLora | None, info: ValidationInfo) -> TextLora | None:
+        if text and (text.rank or text.alpha) and info.data.get("variant") not in (*OWN["rank"][0], None):
+            raise ValueError(f"{info.data['variant']} has neither rank nor alpha; leave them out")
+        return text
+
+    @field_validator(*OWN)
+    @classmethod
+    def _of_its_variant(cls, value, info: ValidationInfo):
+        (owners, default), variant = OWN[info.field_name], info.data.get("variant")
+        if value and variant and variant not in owners:
+            raise ValueError(f"is of {', '.join(owners)}, and the variant is {variant}; leave it out")
+        return default if value is None and variant in owners else value
+
+
+def _per_value(tokens):
+    """`colour: per_value` is a token for each value of the column of that name."""
+    return {name: {"column": name} if words == "per_value" else words for name, words in tokens.items()} \
+        if isinstance(tokens, dict) else tokens
+
+
+def _named(tokens: dict) -> dict:
+    if not tokens:
+        raise ValueError("wants at least one token")
+    for name in tokens:
+        if not NAME.fullmatch(name) or name != name.lower():
+            raise ValueError(f"{name!r}: a token is made of small letters, digits, - and _, and is the name of its file")
+    return tokens
+
+
+class Token(BaseModel):
+    """A word that is learned, or one word for each value of a column."""
+
+    model_config = STRICT
+
+    init: Text | None = None
+    """Words that it begins as, such as `dog`; of a column each value's own words, if left out."""
+    vectors: Annotated[int, Field(ge=1, le=75)] = 1
+    """How many vectors it is made of: more can hold more, and take as much room in each prompt."""
+    column: Text | None = None
+    """Learn a token for each value of this column, and put it where `{column}` stands in data.caption.template."""
+
+    @model_validator(mode="after")
+    def _begins(self) -> "Token":
+        if not (self.init or self.column):
+            raise ValueError("wants init, the words that it begins as")
+        return self
+
+
+class Embedding(BaseModel):
+    """Learned words (textual inversion): the model stays as it is."""
+
+    model_config = STRICT
+
+    kind: Literal["embedding"]
+    """The method."""
+    tokens: Annotated[dict[Text, Token], BeforeValidator(_per_value), AfterValidator(_named)]
+    """What is learned, such as `{sks-dog: {init: dog}}` for a word that captions name, or `{colour: per_value}` for a word for
+    each value of the column `colour`. Each becomes a file of its name."""
+    learning_rate: Rate | None = None
+    """The method's own learning rate, often 5e-4 to 5e-3; null is `train.learning_rate`."""
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the run after which it stays as it is."""
