@@ -36,9 +36,10 @@ class RunFolder:
             with open(self.log, "a", encoding="utf-8") as f:
                 f.write(line + "\n")
 
-    def adapter(self, format_name: str, first: bool) -> Path:
-        """The file of an export: the recipe's first format has the plain name, others carry their own."""
-        return self.adapters / (f"{self.name}.safetensors" if first else f"{self.name}.{format_name}.safetensors")
+    def adapter(self, format_name: str, first: bool, name: str = "") -> Path:
+        """The file of an export: the recipe's first format has the plain name, the run's if there is no other; others carry
+        their own."""
+        return self.adapters / f"{name or self.name}{'' if first else f'.{format_name}'}.safetensors"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"

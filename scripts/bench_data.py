@@ -1,30 +1,44 @@
-"""Print how fast data comes: pictures decoded, the cache written and read, batches delivered, a million entries found.
+"""Print how fast data comes: pictures read and encoded, batches delivered, a million examples found.
 
     python scripts/bench_data.py [--examples 1000] [--million 1000000]
 
-Everything is made up and lies in a temporary folder; the shapes are those of SD 1.5 at 512 pixels: moments of
-8 × 64 × 64 and text states of 77 × 768, both float32. Reads come from the warm file cache.
+Everything is made up and lies in a temporary folder. The shapes are those of SD 1.5 at 512 pixels: moments of 8 × 64 × 64
+and text states of 77 × 768, both float32. Reads come from the warm file cache. The million are PNG files of 8 × 8 pixels
+with a metadata.jsonl; each start is a process of its own, so that its memory can be told.
 """
 
 import argparse
+import json
+import os
+import struct
+import subprocess
+import sys
 import tempfile
 import time
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 
 from finetune.batch import Conditioning
-from finetune.data import cache
+from finetune.data.buckets import assign, sizes
 from finetune.data.cache import Cache, Rows, key
-from finetune.data.loader import CENTRE, Encoded, Loader, View
-from finetune.data.pixels import fit, plan_crop, read
-from finetune.data.scan import Example
+from finetune.data.captions import Captions
+from finetune.data.encode import keys
+from finetune.data.index import build
+from finetune.data.loader import Encoded, Loader, Stream, View
+from finetune.data.order import Order
+from finetune.data.pictures import Reading, read
+from finetune.data.pixels import fit, plan_crop
+from finetune.data.sources import Source
 
-VIEW = View(512, False, False, "{text}", 0.0)
+VIEW = View(Reading(), False, False, None, 0.0, 8)
+CAPTIONS = Captions((("{text}", 1.0),))
 MOMENTS, STATES = torch.randn(8, 64, 64), torch.randn(1, 77, 768)
 BATCH = 8
 
@@ -33,24 +47,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--million", type=int, default=1_000_000)
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)     # a start of the million, in this process
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.start:
+        return start(args.start)
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["FINETUNE_CACHE"] = f"{folder}/cache"
+        repeats()
         pictures(Path(folder))
         examples(Path(folder) / "cache", args.examples)
         million(Path(folder) / "million", args.million)
 
 
+def repeats() -> None:
+    """Count how often each of 999 examples in 5 buckets is seen in three epochs at batch 4."""
+    rng = np.random.default_rng(0)
+    bucket, wanted = rng.integers(0, 5, 999), rng.integers(1, 4, 999)
+    order = Order(bucket, wanted, 4, 0)
+    exact = 0
+    for epoch in range(3):
+        seen = Counter(np.concatenate([order.examples(epoch * order.steps + step) for step in range(order.steps)]).tolist())
+        exact += seen == dict(enumerate(wanted.tolist()))
+    print(f"{exact} of 3 epochs   show each of 999 examples exactly its repeats, in 5 buckets at batch 4", flush=True)
+
+
 def pictures(folder: Path) -> None:
-    """Decode and resize, on one core."""
+    """Decode and resize on one core, and encode with a VAE of SD 1.5's size and random weights on two."""
+    from diffusers import AutoencoderKL
+
     noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((1600, 1200)).save(folder / "x.jpg", quality=92)
+    data = (folder / "x.jpg").read_bytes()
 
-    def one() -> None:
-        image = read(folder / "x.jpg")
-        fit(image, plan_crop(image.width, image.height, VIEW.resolution, CENTRE), False)
+    def one() -> torch.Tensor:
+        image = read(data, "x.jpg")
+        return fit(image, plan_crop(image.width, image.height, (512, 512)), False)
 
     tell("pictures decoded and fitted, JPEG 1600 × 1200 to 512", 20, once(lambda: [one() for _ in range(20)]))
+    blocks = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
+    vae = AutoencoderKL(3, 3, *blocks, (128, 256, 512, 512), 2, latent_channels=4).eval()
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        tell("of these encoded by the VAE on this CPU", 2, once(lambda: [vae.encode(one()[None]) for _ in range(2)]))
+    torch.set_num_threads(1)
 
 
 def examples(folder: Path, count: int) -> None:
@@ -64,33 +104,67 @@ def examples(folder: Path, count: int) -> None:
     write = once(lambda: (rows("moments", "moments", MOMENTS), rows("text", "tokens", STATES)))
     tell("examples written", count, write)
     moments, text = rows("moments", "moments", MOMENTS), rows("text", "tokens", STATES)
-    loader = Loader([Example(Path("x"), {"text": str(n)}, "", 512, 512) for n in range(count)], VIEW, 0, Encoded(
-        lambda n, mirrored: moments[n]["moments"], lambda caption: Conditioning(**text[int(caption)]),
-        lambda moments, noise: moments[:, :4] + noise))
-    batches = [list(range(n, n + BATCH)) for n in range(0, count - BATCH + 1, BATCH)]
-    for threads in (1, 2):
-        with ThreadPoolExecutor(threads) as pool:
+    encoded = Encoded(lambda n, mirrored: moments[n], lambda caption: Conditioning(**text[int(caption)]),
+                      lambda moments, noise: moments[:, :4] + noise)
+    squares = np.full(count, 512)
+    index = SimpleNamespace(width=squares, height=squares, columns=lambda n: {"text": str(n)})
+    stream = Stream(index, np.stack([squares] * 2, 1), CAPTIONS, VIEW,
+                    Order(np.zeros(count, int), np.ones(count, int), BATCH, 0), encoded)
+    steps = count // BATCH
+    for workers in (1, 2):
+        with ThreadPoolExecutor(workers) as pool:
             wall = once(lambda: list(pool.map(entries, range(count))))
-            tell(f"examples read and checked, threads: {threads}", count, wall)
-            wall = once(lambda: list(pool.map(lambda batch: loader.batch(batch) and None, batches)))
-            tell(f"examples delivered in batches of {BATCH}, noise drawn, threads: {threads}", len(batches) * BATCH, wall)
+            tell(f"examples read and checked, threads: {workers}", count, wall)
+        wall = once(lambda: [None for _ in Loader([stream], BATCH, 1, 0, 1, workers).run(range(steps))])
+        tell(f"examples delivered in batches of {BATCH}, noise drawn, workers: {workers}", steps * BATCH, wall)
 
 
 def million(folder: Path, count: int) -> None:
-    """Find all of a million entries: indexes alone, in as many shards as their data would need."""
-    folder.mkdir()
-    rows = np.zeros(count, cache.ROW)
-    shared, keys = key("vae"), []
-    wall = once(lambda: keys.extend(key(shared, f"{n:064d}", 0) for n in range(count)))
-    tell("keys made", count, wall)
-    rows["key"], rows["bytes"] = keys, 1
-    for number, part in enumerate(np.array_split(rows, 1 + count * MOMENTS.nbytes // cache.SHARD_BYTES)):
-        (folder / f"x-{number:020d}.index").write_bytes(part.tobytes())
-        (folder / f"x-{number:020d}.data").write_bytes(b"x")
-    before = psutil.Process().memory_info().rss
-    wall = once(lambda: Rows(Cache(folder), "x", keys, None))
-    more = (psutil.Process().memory_info().rss - before) / 2**20
-    tell(f"entries found ({len(list(folder.iterdir()))} files, {more:,.0f} MiB more memory)", count, wall)
+    """Index that many files, twice, and deliver the first batch of fake latents."""
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
+    for n in range(count):
+        where = folder / f"{n // 1000:04d}"
+        if n % 1000 == 0:
+            where.mkdir(parents=True)
+        rows = n.to_bytes(24, "little") * 8
+        body = zlib.compress(b"".join(b"\0" + rows[i * 24:(i + 1) * 24] for i in range(8)), 1)
+        (where / f"{n:07d}.png").write_bytes(head + chunk(b"IDAT", body) + chunk(b"IEND", b""))
+    with open(folder / "metadata.jsonl", "w") as file:
+        for n in range(count):
+            file.write(json.dumps({"file_name": f"{n // 1000:04d}/{n:07d}.png", "text": f"number {n}"}) + "\n")
+    for which in ("first", "next"):
+        found = subprocess.run([sys.executable, __file__, "--start", folder], capture_output=True, text=True, check=True)
+        for line in found.stdout.splitlines():
+            print(f"{which} start: {line}", flush=True)
+
+
+def start(folder: Path) -> None:
+    """Index a folder and deliver the first batch, in this process."""
+    index = None
+
+    def look() -> None:
+        nonlocal index
+        index = build([Source(str(folder))], Reading(), None, print, True)
+
+    tell("examples indexed", 0, once(look))
+    stream = None
+
+    def first() -> None:
+        nonlocal stream
+        fitted = assign(index.height, index.width, sizes(512, 64))
+        Rows(Cache(Path(os.environ["FINETUNE_CACHE"]) / "encoded"), "moments", keys(index, fitted, VIEW, "vae"), None)
+        encoded = Encoded(lambda n, mirrored: {"moments": MOMENTS}, lambda caption: Conditioning(STATES),
+                          lambda moments, noise: moments[:, :4] + noise)
+        stream = Stream(index, fitted, CAPTIONS, VIEW,
+                        Order(np.zeros(len(index), int), index.repeats, BATCH, 0), encoded)
+        next(Loader([stream], BATCH, 1, 0, 1, 0).run(range(3)))
+
+    tell("first batch, keys of all latents made", 0, once(first))
+    peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(f"{peak / 1024:,.0f} MiB resident at most")
 
 
 def once(work) -> float:
@@ -101,7 +175,8 @@ def once(work) -> float:
 
 
 def tell(what: str, count: int, seconds: float) -> None:
-    print(f"{count / seconds:12,.0f} a second   {what}, {seconds:.2f} s", flush=True)
+    rate = f"{count / seconds:12,.1f} a second   " if count else ""
+    print(f"{rate}{what}, {seconds:.2f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
@@ -67,3 +68,28 @@ def train(monkeypatch):
     return call
 
 
+
+
+@pytest.fixture(scope="session")
+def streamed():
+    """The pictures of a folder as a stream: (folder, resolution, **changes of the view, captions, order, stream) → Stream."""
+    from finetune.data.buckets import assign, sizes
+    from finetune.data.captions import Captions
+    from finetune.data.index import build
+    from finetune.data.loader import Stream, View
+    from finetune.data.order import Order
+    from finetune.data.pictures import Reading
+    from finetune.data.sources import Source
+
+    def make(folder, resolution=16, step=None, size=4, seed=0, template="{text}", dropout=0.0, repeats=1, masks=None, **changes):
+        index = build([Source(str(folder), repeats=repeats)], Reading(), masks, lambda line: None, True)
+        assert not [note for note in index.notes if note.fatal], index.notes
+        known = sizes(resolution, step) if step else np.array([[resolution] * 2])
+        fitted = assign(index.height, index.width, known)
+        view = View(**{"reading": Reading(), "random_crop": False, "flip": False, "mask": None, "unmasked": 0.0, "stride": 8}
+                    | {key: value for key, value in changes.items() if key in View.__annotations__})
+        order = Order(np.unique(fitted, axis=0, return_inverse=True)[1].ravel(), index.repeats, size, seed)
+        return Stream(index, fitted, Captions(((template, 1.0),), dropout=dropout), view, order,
+                      **{key: value for key, value in changes.items() if key not in View.__annotations__})
+
+    return make

@@ -38,7 +38,7 @@ def build(recipe: str, overrides: list[str]) -> int:
 
     from finetune.data import cache
     from finetune.recipe import load
-    from finetune.train import processes, setup
+    from finetune.train import ground, processes, setup
 
     loaded = load(recipe, overrides)
     processes.start_missing()
@@ -50,11 +50,12 @@ def build(recipe: str, overrides: list[str]) -> int:
             if main:
                 print(line, file=sys.stderr)
 
-        ground = setup.load(loaded.recipe, accelerator)
-        if ground.view.random_crop:
+        base = ground.load(loaded.recipe, accelerator, say)
+        if loaded.recipe.data.crop == "random":
             say("note      data.crop is random: pictures cannot be encoded beforehand, captions are")
-        method = setup.install(loaded.recipe, ground.family)
-        setup.encoded(ground, method, accelerator, cache.Cache(cache.home(), say, strict=True))
+        method = setup.install(loaded.recipe, base.family)
+        ground.encoded(base, method.trains, loaded.recipe.train.max_steps, accelerator,
+                       cache.Cache(cache.home(), say, strict=True))
     accelerator.wait_for_everyone()
     if main:
         describe()

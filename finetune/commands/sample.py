@@ -66,8 +66,8 @@ def run(args) -> int:
     for factor in strengths:
         active = [(artifact, strength * factor) for artifact, strength in loaded if strength * factor]
         with families.merged(family.parts, active):
-            pictures = generate(pipeline, jobs, args.steps, args.guidance, args.negative, size, args.batch,
-                                say=f"strength {factor:g}" if loaded else "sample")
+            pictures = list(generate(pipeline, jobs, args.steps, args.guidance, args.negative, size, args.batch,
+                                     say=f"strength {factor:g}" if loaded else "sample"))
         columns.append(pictures)
         for i, ((prompt, seed), picture) in enumerate(zip(jobs, pictures)):
             facts = {"prompt": prompt, "negative": args.negative, "seed": seed, "steps": args.steps, "guidance": args.guidance,

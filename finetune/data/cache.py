@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -133,16 +134,24 @@ class Rows:
     """Entries by number: read from the cache, or made when they are not there or not sound. Equal keys share one."""
 
     def __init__(self, cache: Cache, kind: str, keys: Iterable[str], make: Callable[[int], Entry]):
-        self.cache, self.kind, self.make = cache, kind, make
+        self.cache, self.kind, self.make, self.lock = cache, kind, make, threading.Lock()
         self.keys, self.first, self.which = np.unique(
             np.array(list(keys), ROW["key"]), return_index=True, return_inverse=True)
         self.places = cache.find(kind, self.keys)
 
-    def fill(self, quiet: bool, unit: str) -> "Rows":
-        """Make all that is missing."""
-        missing = np.sort(self.first[self.places["bytes"] == 0]).tolist()
+    def missing(self) -> list[int]:
+        """The entries that are not in the cache, one number of each."""
+        absent = self.places["bytes"] == 0
+        if self.cache.memory:
+            absent &= [bytes(key) not in self.cache.memory for key in self.keys]
+        return np.sort(self.first[absent]).tolist()
+
+    def fill(self, quiet: bool, unit: str, prepare: Callable[[list[int]], Iterable] | None = None) -> "Rows":
+        """Make all that is missing. `prepare` gives, for each number in turn, what `make` takes beside the number."""
+        missing = self.missing()
+        prepared = iter(prepare(missing)) if prepare else None
         for number in tqdm(missing, desc=f"encode {self.kind}", unit=unit, disable=quiet or not missing, leave=False):
-            self[number]
+            self._keep(number, self.make(number, *([next(prepared)] if prepared else [])))
         return self
 
     def __getitem__(self, number: int) -> Entry:
@@ -150,8 +159,13 @@ class Rows:
         key, place = bytes(self.keys[which]), self.places[which]
         entry = self.cache.read(key, place) if place["bytes"] else self.cache.memory.get(key)
         if entry is None:
-            entry = self.make(number)
-            self.places[which] = self.cache.put(self.kind, key, entry)
+            with self.lock:     # several threads read
+                entry = self._keep(number, self.make(number))
+        return entry
+
+    def _keep(self, number: int, entry: Entry) -> Entry:
+        which = self.which[number]
+        self.places[which] = self.cache.put(self.kind, bytes(self.keys[which]), entry)
         return entry
 
 

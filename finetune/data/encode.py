@@ -4,98 +4,163 @@ What the cache holds is not encoded again. `encoder` is whatever tells one encod
 settings that weights do not show, its kind of device."""
 
 import hashlib
-from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from finetune.batch import Conditioning
 from finetune.data.cache import Cache, Entry, Rows, key
-from finetune.data.captions import caption
-from finetune.data.loader import CENTRE, View
-from finetune.data.pixels import UnreadablePicture, fit, plan_crop, read
-from finetune.data.scan import Example
+from finetune.data.captions import Captions
+from finetune.data.index import Index
+from finetune.data.loader import Stream, View, view_pixels
+from finetune.data.pixels import plan_crop
+from finetune.data.tables import Note
 from finetune.errors import FinetuneError
 
-PIXELS = 1      # another number when data/pixels.py makes other pixels of the same file: then all is encoded anew
+PIXELS = 2          # another number when pictures.py or pixels.py make other pixels of the same file: then all is encoded anew
+MAX_SCALED = 100_000_000
+READERS = min(8, os.cpu_count() or 1)       # threads
+Cut = Callable[[str], str]      # a caption → the end of it that the text encoder would lose
 
 
-def check(examples: list[Example], view: View, cut_text: Callable[[str], str]) -> None:
-    """Raise FinetuneError with every picture that is too narrow and every caption that would be cut."""
-    problems = []
-    for example in examples:
-        try:
-            plan_crop(example.width, example.height, view.resolution, CENTRE)
-        except FinetuneError as e:
-            problems.append(f"{example.file}: {e}")
-        if cut := cut_text(caption(view.template, example.columns)):
-            problems.append(f"{example.file}: its caption is too long for the text encoder: it would lose {cut!r}")
+def refuse(problems: list[Note]) -> None:
+    """Raise FinetuneError with the problems, if there are any."""
     if problems:
-        shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        shown = [f"{note.name}: {note.text}" for note in problems[:20]]
+        shown += [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
         raise FinetuneError("\n    ".join(["data.images: not all can be trained", *shown]))
 
 
-def pictures(examples: list[Example], view: View, moments: Callable[[Tensor], Tensor], quiet: bool,
-             cache: Cache | None = None, encoder: str = "") -> Callable[[int, bool], Tensor]:
-    """(example's number, mirrored) → posterior moments (2C, h, w) on the CPU.
+def check_pictures(index: Index, sizes: np.ndarray) -> list[Note]:
+    """What is wrong with the sizes that pictures are fitted to."""
+    factor = np.maximum(sizes[:, 0] / index.height, sizes[:, 1] / index.width)
+    narrow = np.flatnonzero(factor ** 2 * index.height * index.width > MAX_SCALED)
+    return ([Note("size", index.name(i), f"{index.width[i]} × {index.height[i]} pixels are smaller than data.buckets.step; "
+                  "remove it or allow data.buckets.upscale") for i in np.flatnonzero((sizes == 0).any(1))]
+            + [Note("size", index.name(i), f"{index.width[i]} × {index.height[i]} pixels are too narrow: scaled to cover "
+                    f"{sizes[i, 1]} × {sizes[i, 0]} they would fill the memory; crop the picture") for i in narrow])
+
+
+def check_captions(index: Index, captions: Captions) -> list[Note]:
+    """The pictures that no caption can be made of."""
+    problems = []
+    for i in range(len(index)):
+        if missing := captions.missing(index.columns(i)):
+            problems.append(Note("caption", index.name(i), f"no caption: it has no {', '.join(missing)}; write it into a .txt "
+                                 "beside the picture or into metadata.jsonl, or set data.caption.template to a text "
+                                 "without it"))
+    return problems
+
+
+def check_drawn(stream: Stream, steps: int, cut_text: Cut) -> list[Note]:
+    """The captions that the run will draw and the text encoder would cut: for captions too many to be encoded beforehand."""
+    problems, seen = [], set()
+    for step in range(steps):
+        for position, example in stream.positions(step, range(stream.order.size)).items():
+            caption = stream.caption(example, position)
+            if caption not in seen:
+                seen.add(caption)
+                problems += check_length(caption, stream.index.name(example), cut_text)
+    return problems
+
+
+def check_length(caption: str, name: str, cut_text: Cut) -> list[Note]:
+    lost = cut_text(caption)
+    shown = lost if len(lost) < 100 else f"{lost[:60]} … {lost[-30:]}"
+    return [Note("long", name, f"its caption is too long for the text encoder: it would lose {shown!r}; shorten it, or set "
+                 "data.caption.long to truncate or chunk")] if lost else []
+
+
+def every_caption(streams: Iterable[tuple[Index, Captions]]) -> dict[str, str]:
+    """All captions that the run can draw, each with the name of the first picture that has it."""
+    found: dict[str, str] = {}
+    for index, captions in streams:
+        for i in range(len(index)):
+            for caption in captions.every(index.columns(i)):
+                if caption not in found:
+                    found[caption] = index.name(i)
+    return found
+
+
+def pictures(index: Index, sizes: np.ndarray, view: View, moments: Callable[[Tensor], Tensor], quiet: bool,
+             cache: Cache | None = None, encoder: str = "", unit: str = "img") -> Callable[[int, bool], Entry]:
+    """(example's number, mirrored) → `moments`, the posterior's (2C, h, w), and `mask` (1, h, w) where there are masks.
 
     One picture at a time, so that its latents do not depend on its neighbours. Raises FinetuneError, naming the file,
     when the encoder gives a number that is not finite."""
-    opened = lru_cache(1)(lambda number: picture(examples[number]))     # both variants of a picture come in turn
     variants = 1 + view.flip
 
-    def make(row: int) -> Entry:
+    def pixels(row: int) -> list[Tensor]:
         number, flip = divmod(row, variants)
-        image = opened(number)
-        crop = plan_crop(image.width, image.height, view.resolution, CENTRE)
-        found = moments(fit(image, crop, bool(flip))[None])[0].cpu()
+        whole(index, number)
+        crop = plan_crop(int(index.width[number]), int(index.height[number]), tuple(sizes[number].tolist()))
+        return view_pixels(index, number, view, crop, bool(flip))
+
+    def make(row: int, seen: list[Tensor] | None = None) -> Entry:
+        seen = seen or pixels(row)
+        name = index.name(row // variants)
+        found = moments(seen[0][None])[0].cpu()
         if not found.isfinite().all():
-            raise FinetuneError(f"{examples[number].file}: the VAE gives latents that are not finite; "
-                                "try base.dtype: float32")
-        return {"moments": found}
+            raise FinetuneError(f"{name}: the VAE gives latents that are not finite; try base.dtype: float32")
+        if view.mask and not seen[1].any():
+            raise FinetuneError(f"{name}: its mask leaves nothing to train; remove the picture or set data.mask.unmasked_weight")
+        return dict(zip(("moments", "mask"), (found, *seen[1:])))
 
-    shared = key(PIXELS, encoder, view.resolution, CENTRE)
-    keys = (key(shared, example.digest, flip) for example in examples for flip in range(variants))
-    rows = Rows(cache or Cache(), "moments", keys, make).fill(quiet, "img")
-    return lambda number, mirrored: rows[number * variants + mirrored]["moments"]
-
-
-def picture(example: Example) -> Image.Image:
-    """The picture that was scanned: what an edited file shows must not be kept under the old content's key."""
-    try:
-        image = read(example.file)
-        if hashlib.sha256(example.file.read_bytes()).hexdigest() == example.digest:
-            return image
-    except (UnreadablePicture, OSError):
-        pass
-    raise FinetuneError(f"{example.file}: has changed since it was read at the start; give the same command again")
+    rows = Rows(cache or Cache(), "moments", keys(index, sizes, view, encoder), make)
+    with ThreadPoolExecutor(READERS) as pool:   # the next pictures are read while one is encoded
+        rows.fill(quiet, unit, lambda missing: _ahead(pool, pixels, missing))
+    return lambda number, mirrored: rows[number * variants + mirrored]
 
 
-def texts(examples: list[Example], view: View, encode: Callable[[list[str]], Conditioning], quiet: bool = True,
-          cache: Cache | None = None, encoder: str = "") -> Callable[[str], Conditioning]:
-    """Caption → its states on the CPU, for all that the run can draw. Raises FinetuneError, naming the file."""
-    files: dict[str, Path | None] = {}      # of each caption, the first file that has it
-    for example in examples:
-        files.setdefault(caption(view.template, example.columns), example.file)
-    if view.dropout:
-        files.setdefault("", None)
-    captions = list(files)
-    numbers = {text: number for number, text in enumerate(captions)}
+def _ahead(pool: ThreadPoolExecutor, work: Callable, items: list[int], depth: int = 2 * READERS) -> Iterator:
+    """work(item) for each item in turn, begun up to `depth` items early."""
+    futures = [pool.submit(work, item) for item in items[:depth]]
+    for item in items[depth:] + [None] * len(futures):
+        yield futures.pop(0).result()
+        if item is not None:
+            futures.append(pool.submit(work, item))
+
+
+def keys(index: Index, sizes: np.ndarray, view: View, encoder: str) -> Iterator[str]:
+    shared = key(PIXELS, encoder, astuple(view.reading), view.mask, view.unmasked if view.mask else None).encode()
+    for digest, mask, size in zip(index.digest, index.mask_digest, sizes.tolist()):
+        for flip in range(1 + view.flip):
+            what = digest.tobytes() + mask.tobytes() + struct.pack("<III", *size, flip)
+            yield hashlib.blake2b(what, digest_size=16, key=shared).hexdigest()
+
+
+def whole(index: Index, number: int) -> None:
+    """Raise FinetuneError for a picture that was edited since it was indexed: what it shows now must not be kept under the
+    old content's key."""
+    if hashlib.sha256(index.read(number)).digest() != index.digest[number].tobytes():
+        raise FinetuneError(f"{index.name(number)}: has changed since it was read at the start; give the same command again")
+
+
+def texts(streams: Iterable[tuple[Index, Captions]], encode: Callable[[list[str]], Conditioning], cut_text: Cut,
+          quiet: bool = True, cache: Cache | None = None, encoder: str = "") -> Callable[[str], Conditioning]:
+    """Caption → its states on the CPU, for all that the run can draw. Raises FinetuneError, naming the files whose captions
+    would be cut: only those that are not in the cache need be looked at."""
+    found = every_caption(streams)
+    every = list(found)
+    numbers = {caption: number for number, caption in enumerate(every)}
 
     @torch.no_grad()
     def make(number: int) -> Entry:
-        text = captions[number]
-        try:
-            state = encode([text])
-        except FinetuneError as e:
-            raise FinetuneError(f"data.images: {files[text]}: {e}") from None
+        state = encode([every[number]])
         if not state.tokens.isfinite().all():
-            raise FinetuneError(f"the text encoder gives states that are not finite for {text!r}; "
+            raise FinetuneError(f"the text encoder gives states that are not finite for {every[number]!r}; "
                                 "try base.dtype: float32")
         return {name: states.cpu() for name in ("tokens", "pooled") if (states := getattr(state, name)) is not None}
 
-    rows = Rows(cache or Cache(), "text", (key(encoder, text) for text in captions), make).fill(quiet, "caption")
-    return lambda text: Conditioning(**rows[numbers[text]])
+    rows = Rows(cache or Cache(), "text", (key(encoder, caption) for caption in every), make)
+    refuse([problem for n in rows.missing() for problem in check_length(every[n], found[every[n]], cut_text)])
+    rows.fill(quiet, "caption")
+    return lambda caption: Conditioning(**rows[numbers[caption]])
+
+

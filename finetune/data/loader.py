@@ -1,87 +1,154 @@
-"""From a position in the run to a batch.
+"""From a step of the run to its batches, made ahead by threads while the model computes.
 
-Example `position` of a run is example `position % N` of epoch `position // N`; each epoch's order is a permutation
-drawn from (seed, epoch). So every example is seen exactly once in each epoch, any position can be had directly, and a
-resumed run or another number of processes sees the same stream.
+A run sees one or two streams: the pictures that are learned, and those of the class for prior preservation. A step takes
+up to `size` examples of each (see order.py). The loss of a step is the mean over its examples of the one plus, weighted,
+the mean over those of the other, as DreamBooth has it (Ruiz et al. 2023, eq. 2), however the step is split into batches
+and processes: each batch carries its share.
+
+The example in slot i of step s has position s · size + i, counted from a far number of its own in the streams that are not
+the first; with the run's seed it decides every draw.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.batch import Batch, Conditioning
-from finetune.data.captions import caption
-from finetune.data.pixels import Crop, fit, plan_crop, read
-from finetune.data.scan import Example
+from finetune.batch import Batch, Conditioning, joined
+from finetune.data import pictures
+from finetune.data.captions import Captions
+from finetune.data.index import Index
+from finetune.data.order import Order
+from finetune.data.pixels import CENTRE, Crop, fit, fit_mask, plan_crop
 from finetune.diffusion import noise
-
-CENTRE = (0.5, 0.5)
 
 
 @dataclass(frozen=True)
 class View:
-    """How the pictures and captions are seen."""
+    """How pictures are seen."""
 
-    resolution: int
+    reading: pictures.Reading
     random_crop: bool
     flip: bool              # half of the draws are mirrored
-    template: str
-    dropout: float          # share of draws whose caption is empty, for classifier-free guidance
+    mask: str | None        # "alpha", "files" or None
+    unmasked: float         # weight of what the mask leaves out
+    stride: int             # pixels per latent
 
 
 @dataclass(frozen=True)
 class Encoded:
     """Everything the frozen encoders have to say, computed once."""
 
-    moments: Callable[[int, bool], Tensor] | None   # (example, mirrored) -> (2C, h, w). None: crops are random
-    text: Callable[[str], Conditioning] | None      # caption -> batch of one. None: the text encoder is trained
-    sample: Callable[[Tensor, Tensor], Tensor]      # (moments, noise) -> latents
+    latents: Callable[[int, bool], dict[str, Tensor]] | None    # (example, mirrored) -> moments (2C, h, w) and, where there
+    #                                                             is one, mask (1, h, w). None: crops are random
+    text: Callable[[str], Conditioning] | None                  # caption -> batch of one. None: encoded in every step
+    sample: Callable[[Tensor, Tensor], Tensor]                  # (moments, noise) -> latents
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Examples in an order."""
+
+    index: Index
+    sizes: np.ndarray       # (N, 2) height and width that each is fitted to
+    captions: Captions
+    view: View
+    order: Order
+    encoded: Encoded | None = None      # None: pictures and captions come as they are
+    weight: float = 1.0
+    first: int = 0                      # position of its first example
+
+    def crop(self, example: int, position: int) -> Crop:
+        where = CENTRE
+        if self.view.random_crop:
+            where = tuple(noise.uniform(self.order.seed, position, f"crop {axis}") for axis in "yx")
+        return plan_crop(int(self.index.width[example]), int(self.index.height[example]), tuple(self.sizes[example].tolist()), where)
+
+    def flipped(self, position: int) -> bool:
+        return self.view.flip and noise.uniform(self.order.seed, position, "flip") < 0.5
+
+    def caption(self, example: int, position: int) -> str:
+        return self.captions.caption(self.index.columns(example), self.order.seed, position)
+
+    def positions(self, step: int, slots: range) -> dict[int, int]:
+        """position → example of the slots of a step that are filled."""
+        examples = self.order.examples(step)
+        base = self.first + step * self.order.size
+        return {base + slot: int(examples[slot]) for slot in slots if slot < len(examples)}
+
+    def batch(self, chosen: dict[int, int], share: float) -> Batch:
+        seed, positions = self.order.seed, list(chosen)
+        crops = [self.crop(example, position) for position, example in chosen.items()]
+        flips = [self.flipped(position) for position in positions]
+        captions = [self.caption(example, position) for position, example in chosen.items()]
+        pixels = latents = conditioning = None
+        if self.encoded and self.encoded.latents:
+            found = [self.encoded.latents(example, flip) for example, flip in zip(chosen.values(), flips)]
+            moments = torch.stack([entry["moments"] for entry in found])
+            shape = (moments.shape[1] // 2, *moments.shape[2:])
+            latents = self.encoded.sample(moments, noise.normal(shape, seed, positions, "posterior"))
+        else:
+            found = [dict(zip(("pixels", "mask"), view_pixels(self.index, example, self.view, crop, flip)))
+                     for example, crop, flip in zip(chosen.values(), crops, flips)]
+            pixels = torch.stack([entry["pixels"] for entry in found])
+        if self.encoded and self.encoded.text:
+            conditioning = joined([self.encoded.text(caption) for caption in captions])
+        return Batch(positions, captions, torch.full((len(positions),), self.weight), share,
+                     torch.tensor([crop.geometry(flip) for crop, flip in zip(crops, flips)]), pixels, latents,
+                     torch.stack([entry["mask"] for entry in found]) if self.view.mask else None, conditioning)
+
+
+def view_pixels(index: Index, example: int, view: View, crop: Crop, flip: bool) -> list[Tensor]:
+    """Pixels (3, H, W) and, where there are masks, the mask (1, h, w)."""
+    name, data = index.name(example), index.read(example)
+    seen = [fit(pictures.read(data, name, view.reading), crop, flip)]
+    if view.mask:
+        mask = pictures.alpha(data, name, view.reading) if view.mask == "alpha" else \
+            pictures.mask(index.read_mask(example), f"the mask of {name}", view.reading)
+        seen.append(torch.ones(1, crop.height // view.stride, crop.width // view.stride) if mask is None
+                    else fit_mask(mask, crop, flip, view.stride, view.unmasked))
+    return seen
 
 
 class Loader:
-    """Batches of `examples` by position. With `encoded`, pictures are not opened again."""
+    """The batches of each step for one process. `part` counts the batches of a step over accumulation and processes:
+    consecutive slots are dealt out, so that any split sees the same examples."""
 
-    def __init__(self, examples: list[Example], view: View, seed: int, encoded: Encoded | None = None):
-        self.examples, self.view, self.seed, self.encoded = examples, view, seed, encoded
-        self.order = lru_cache(2)(lambda epoch: noise.permutation(len(examples), seed, epoch, "order"))
+    def __init__(self, streams: list[Stream], batch_size: int, accumulation: int, process: int, processes: int, workers: int):
+        self.streams, self.workers = streams, workers
+        self.batch_size, self.accumulation, self.process, self.processes = batch_size, accumulation, process, processes
 
-    def example(self, position: int) -> int:
-        """The index of the example that is seen at a position."""
-        epoch, place = divmod(position, len(self.examples))
-        return int(self.order(epoch)[place])
+    def batches(self, step: int) -> list[Batch]:
+        """What this process sees in a step: one batch or more, whose losses are summed up."""
+        found = []
+        for micro in range(self.accumulation):
+            first = (micro * self.processes + self.process) * self.batch_size
+            for stream in self.streams:
+                if chosen := stream.positions(step, range(first, first + self.batch_size)):
+                    count = len(stream.order.examples(step))
+                    found.append(stream.batch(chosen, self.processes / count))      # processes: their gradients are averaged
+        if not found:       # fewer examples than processes: this one takes part with an example that counts nothing
+            found.append(self.streams[0].batch(self.streams[0].positions(step, range(1)), 0.0))
+        return found
 
-    def caption(self, position: int) -> str:
-        if noise.uniform(self.seed, position, "caption dropout") < self.view.dropout:
-            return ""
-        return caption(self.view.template, self.examples[self.example(position)].columns)
-
-    def flipped(self, position: int) -> bool:
-        return self.view.flip and noise.uniform(self.seed, position, "flip") < 0.5
-
-    def crop(self, position: int) -> Crop:
-        example, where = self.examples[self.example(position)], CENTRE
-        if self.view.random_crop:
-            where = tuple(noise.uniform(self.seed, position, f"crop {axis}") for axis in "yx")
-        return plan_crop(example.width, example.height, self.view.resolution, where)
-
-    def batch(self, positions: list[int]) -> Batch:
-        captions, crops = [self.caption(p) for p in positions], [self.crop(p) for p in positions]
-        pixels = latents = conditioning = None
-        if self.encoded and self.encoded.moments:
-            moments = torch.stack([self.encoded.moments(self.example(p), self.flipped(p)) for p in positions])
-            shape = (moments.shape[1] // 2, *moments.shape[2:])
-            latents = self.encoded.sample(moments, noise.normal(shape, self.seed, positions, "posterior"))
-        else:
-            files = [self.examples[self.example(p)].file for p in positions]
-            pixels = torch.stack([fit(read(file), crop, self.flipped(p))
-                                  for file, crop, p in zip(files, crops, positions)])
-        if self.encoded and self.encoded.text:
-            states = [self.encoded.text(c) for c in captions]
-            pooled = None if states[0].pooled is None else torch.cat([s.pooled for s in states])
-            conditioning = Conditioning(torch.cat([s.tokens for s in states]), pooled)
-        return Batch(positions, captions, torch.ones(len(positions)),
-                     torch.tensor([crop.geometry for crop in crops]), pixels, latents, conditioning)
-
+    def run(self, steps: Iterable[int]) -> Iterator[list[Batch]]:
+        """The batches of each step in turn, read ahead by `workers` threads."""
+        if not self.workers:
+            yield from map(self.batches, steps)
+            return
+        with ThreadPoolExecutor(self.workers, "loader") as pool:
+            ahead: deque = deque()
+            try:
+                for step in steps:
+                    ahead.append(pool.submit(self.batches, step))
+                    if len(ahead) > self.workers:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()

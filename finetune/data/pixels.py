@@ -1,96 +1,63 @@
-"""From a picture file to pixels: decoded in full, upright, RGB, fitted to a square."""
+"""From an upright picture to the pixels that are trained: scaled, cut, mirrored.
 
-import warnings
+Shapes: H W pixels · h w = H W / VAE stride.
+"""
+
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from finetune.errors import FinetuneError
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 100_000_000
-BACKDROP = (255, 255, 255)      # what transparent pixels are laid over
-
-
-class UnreadablePicture(FinetuneError):
-    """A file that cannot be used as a picture, and why."""
-
-    def __init__(self, file: Path, reason: str):
-        super().__init__(f"{file}: not a readable picture ({reason}); repair or remove it")
+CENTRE = (0.5, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """A square cut out of a picture that was scaled so that its short side is `resolution`; all in pixels."""
+    """A piece of height × width pixels, cut out of a picture that was scaled so that it just covers the piece."""
 
     original_h: int
     original_w: int
-    top: int
+    top: int            # of the piece, in the scaled picture
     left: int
-    resolution: int
+    height: int
+    width: int
+
+    def geometry(self, mirrored: bool) -> tuple[int, ...]:
+        """Original height and width, top and left, height and width: what SDXL is told (Podell et al. 2023, §2.2). Of a
+        mirrored picture, `left` counts from what became its left side."""
+        scaled_w, _ = self.scaled
+        left = scaled_w - self.width - self.left if mirrored else self.left
+        return self.original_h, self.original_w, self.top, left, self.height, self.width
 
     @property
-    def geometry(self) -> tuple[int, ...]:
-        return self.original_h, self.original_w, self.top, self.left, self.resolution, self.resolution
+    def scaled(self) -> tuple[int, int]:
+        """Width and height of the scaled picture."""
+        factor = max(self.height / self.original_h, self.width / self.original_w)
+        return max(self.width, round(self.original_w * factor)), max(self.height, round(self.original_h * factor))
 
 
-def read(file: Path) -> Image.Image:
-    """The whole picture, upright, 8-bit RGB. Raises UnreadablePicture."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UnreadablePicture(file, f"{image.width} × {image.height} pixels, more than {MAX_PIXELS // 10**6} million")
-                image.load()            # `verify` passes half a JPEG; only a full decode tells
-                image = ImageOps.exif_transpose(image)
-                return to_rgb(image)
-    except UnreadablePicture:
-        raise
-    except Image.DecompressionBombError:
-        raise UnreadablePicture(file, f"more than {MAX_PIXELS // 10**6} million pixels") from None
-    except Exception as e:              # a decoder may fail in any way; the file is the culprit, and it is named
-        raise UnreadablePicture(file, str(e).splitlines()[0] if str(e) else type(e).__name__) from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any mode: 16 bits are scaled (`convert` would clip them), transparency is laid over white."""
-    if image.mode == "F":       # nobody says where its white is; `convert` would make 0 … 1 black
-        raise ValueError("its pixels are floating point numbers; save it with 8 or 16 bits")
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKDROP, 255)), image)
-    return image.convert("RGB")
-
-
-def plan_crop(width: int, height: int, resolution: int, where: tuple[float, float]) -> Crop:
-    """The crop at the fractions (vertical, horizontal) `where` of the room there is; (0.5, 0.5) is the centre.
-
-    Raises FinetuneError for a strip so narrow that scaling it would fill the memory."""
-    scaled_w, scaled_h = scaled(width, height, resolution)
-    if scaled_w * scaled_h > MAX_PIXELS:
-        raise FinetuneError(f"{width} × {height} pixels are too narrow: with the short side at {resolution} they would be "
-                            f"{scaled_w} × {scaled_h}; crop the picture")
-    top, left = (round((side - resolution) * f) for side, f in zip((scaled_h, scaled_w), where))
-    return Crop(height, width, top, left, resolution)
-
-
-def scaled(width: int, height: int, resolution: int) -> tuple[int, int]:
-    factor = resolution / min(width, height)
-    return max(resolution, round(width * factor)), max(resolution, round(height * factor))
+def plan_crop(width: int, height: int, size: tuple[int, int], where: tuple[float, float] = CENTRE) -> Crop:
+    """The piece of `size` (height, width) at the fractions (vertical, horizontal) `where` of the room there is."""
+    scaled_w, scaled_h = Crop(height, width, 0, 0, *size).scaled
+    top, left = (round((side - piece) * f) for side, piece, f in zip((scaled_h, scaled_w), size, where))
+    return Crop(height, width, top, left, *size)
 
 
 def fit(image: Image.Image, crop: Crop, flip: bool) -> Tensor:
-    """(3, H, W) float32 in [-1, 1]. Pillow's Lanczos averages over the area it shrinks."""
-    image = image.resize(scaled(image.width, image.height, crop.resolution), Image.Resampling.LANCZOS)
-    image = image.crop((crop.left, crop.top, crop.left + crop.resolution, crop.top + crop.resolution))
-    if flip:
-        image = ImageOps.mirror(image)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+    """(3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(_cut(image, crop, flip))).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def fit_mask(mask: Image.Image, crop: Crop, flip: bool, stride: int, unmasked: float) -> Tensor:
+    """(1, h, w) float32: the weight of each latent pixel, 1 where the mask is white and `unmasked` where it is black."""
+    piece = _cut(mask, crop, flip).resize((crop.width // stride, crop.height // stride), Image.Resampling.BOX)
+    return unmasked + (1 - unmasked) * torch.from_numpy(np.array(piece))[None].float() / 255
+
+
+def _cut(image: Image.Image, crop: Crop, flip: bool) -> Image.Image:
+    """Pillow's Lanczos averages over the area that it shrinks."""
+    image = image.resize(crop.scaled, Image.Resampling.LANCZOS)
+    image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
+    return ImageOps.mirror(image) if flip else image

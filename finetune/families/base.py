@@ -11,11 +11,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from finetune.artifact import Artifact, deltas, read_tensors, write_safetensors
+from finetune.artifact import WHOLE, Artifact, modules, read_tensors, write_safetensors
+from finetune.change import change, misfit
 from finetune.errors import FinetuneError
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Unreachable(FinetuneError):
+    """A base that may be there, but not here and now."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class FamilySpec:
     base_version: str                       # ss_base_model_version: "sd_v1"
     architecture: str                       # modelspec.architecture: "stable-diffusion-v1"
     targets: dict[str, tuple[str, ...]]     # a group of LoRA targets -> patterns of the denoiser's module paths
+
+
+CLIP_ATTENTION = ("*.self_attn.q_proj", "*.self_attn.k_proj", "*.self_attn.v_proj", "*.self_attn.out_proj")
+CLIP_FEED_FORWARD = ("*.mlp.fc1", "*.mlp.fc2")
+CLIP_TARGETS = {"attention": CLIP_ATTENTION, "feed_forward": CLIP_FEED_FORWARD, "all": CLIP_ATTENTION + CLIP_FEED_FORWARD}
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ def _fetch(path: str, file: str, revision: str | None) -> Path:
         return Path(hf_hub_download(path, file, revision=revision))
     except (OSError, HFValidationError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise FinetuneError(f"base.path: {path} is neither `tiny`, nor a folder here, nor a hub model that can be reached\n"
+        raise Unreachable(f"base.path: {path} is neither `tiny`, nor a folder here, nor a hub model that can be reached\n"
                             f"    hub: {reason}") from None
 
 
@@ -135,11 +145,11 @@ def check_family(source: Source, spec: FamilySpec, known: list[str]) -> None:
         raise FinetuneError(f"base.family: {spec.name}, but {source.path} is {found or name or 'no pipeline'}: {advice}")
 
 
-def weight(parts: dict[str, nn.Module], part: str, path: str) -> nn.Parameter | None:
-    """The weight of a module by its published name; transformers ≥ 5.6 drops `text_model.` in memory."""
+def weight(parts: dict[str, nn.Module], part: str, path: str, role: str = "weight") -> nn.Parameter | None:
+    """The weight, or the bias, of a module by its published name; transformers ≥ 5.6 drops `text_model.` in memory."""
     for name in (path, path.removeprefix("text_model.")):
         try:
-            return parts[part].get_submodule(name).weight
+            return parts[part].get_submodule(name).get_parameter(role)
         except (KeyError, AttributeError):
             continue
     return None
@@ -148,35 +158,35 @@ def weight(parts: dict[str, nn.Module], part: str, path: str) -> nn.Parameter | 
 def misfits(parts: dict[str, nn.Module], artifact: Artifact) -> list[str]:
     """The modules of an adapter that these parts do not have, or have in another shape."""
     found = []
-    for part, path, delta in deltas(artifact):
-        p = weight(parts, part, path)
-        if p is None:
-            found.append(f"{part}.{path}: the base has no such module")
-        elif p.shape != delta.shape:
-            found.append(f"{part}.{path}: shape {tuple(delta.shape)}, but the base has {tuple(p.shape)}")
+    for (part, path), module in modules(artifact.tensors).items():
+        for role in module if artifact.kind in WHOLE else ["weight"]:
+            p = weight(parts, part, path, role)
+            if why := "the base has no such module" if p is None else misfit(module, p) if artifact.kind not in WHOLE else \
+                    "" if p.shape == (own := module[role].shape) else f"shape {tuple(own)}, but the base has {tuple(p.shape)}":
+                found.append(f"{part}.{path}: {why}")
     return found
 
 
 @torch.no_grad()
 def merge(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Add each adapter's deltas times its strength to the weights, summed in float32 and rounded once.
+    """Add what each adapter changes in these weights, times its strength; summed in float32 and rounded once.
 
-    Returns what the weights were, for `unmerge`. Raises FinetuneError, with nothing changed, when a delta has no weight
-    of its shape in these parts."""
-    sums: dict[tuple[str, str], Tensor] = {}
-    for artifact, strength in adapters:
-        for part, path, delta in deltas(artifact):
-            key = (part, path)
-            sums[key] = sums[key] + strength * delta if key in sums else strength * delta
+    What depends on the weight, as in a DoRA, is made from the weight as it was before, so that the order of the adapters
+    does not matter. Returns what the weights were. Raises FinetuneError, with nothing changed, when one does not fit."""
     wrong = [misfit for artifact, _ in adapters for misfit in misfits(parts, artifact)]
     if wrong:
-        raise FinetuneError(f"the adapter does not fit this base: {len(wrong)} of {len(sums)} modules\n    "
-                            + "\n    ".join(wrong[:5]))
-    targets = {key: weight(parts, *key) for key in sums}
-    before = [(p, p.detach().clone()) for p in targets.values()]
-    for key, p in targets.items():
-        p.copy_(p.float() + sums[key].to(p.device))
-    return before
+        count = len({key for artifact, _ in adapters for key in modules(artifact.tensors)})
+        raise FinetuneError("\n    ".join([f"the adapter does not fit this base: {len(wrong)} of {count} modules", *wrong[:5]]))
+    before: dict[nn.Parameter, Tensor] = {}
+    sums: dict[nn.Parameter, Tensor] = {}
+    for artifact, strength in adapters:
+        for (part, path), module in modules(artifact.tensors).items():
+            p = weight(parts, part, path)
+            before.setdefault(p, p.detach().clone())
+            sums[p] = sums.get(p, p.float()) + strength * change(module, p)
+    for p, value in sums.items():
+        p.copy_(value)
+    return list(before.items())
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A problem that pydantic found → what the user wrote, what was wanted, and the nearest right word."""
 
 import inspect
+from types import NoneType
 from typing import get_args
 
 from pydantic import BaseModel
@@ -16,6 +17,7 @@ WANTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "tuple_type": "a list",
+    "dict_type": "a mapping",
     "greater_than_equal": "at least {ge:g}",
     "greater_than": "more than {gt:g}",
     "less_than_equal": "at most {le:g}",
@@ -43,7 +45,7 @@ def explain(error: dict) -> str:
         several = " or a list of such" if kind == "tuple_type" else ""
         return f"wants a mapping of {', '.join(_model(keys).model_fields)}{several}; given {_shown(given)}"
     if kind == "literal_error":
-        words = get_args(_field(keys).annotation)
+        words = _words(_field(keys).annotation)
         near = nearest(given, words) if isinstance(given, str) else ""
         return f"unknown {keys[-1]} {_shown(given)}{near}\n    one of: {', '.join(words)}"
     wanted = WANTED[kind].format(**context) if kind in WANTED else error["msg"]
@@ -60,9 +62,14 @@ def _shown(value: object) -> str:
 
 
 def _field(keys: tuple[str | int, ...]) -> FieldInfo:
-    """The field that holds a value, or the list that holds it."""
-    names = [key for key in keys if isinstance(key, str)]
-    return _model(tuple(names[:-1])).model_fields[names[-1]]
+    """The field that holds a value, or the list or mapping that holds it."""
+    model = Recipe
+    for name in (key for key in keys if isinstance(key, str)):
+        if model is None:       # a word of the user's, in a mapping
+            break
+        field = model.model_fields[name]
+        model = _inner(field.annotation)
+    return field
 
 
 def _model(keys: tuple[str | int, ...]) -> type[BaseModel]:
@@ -79,6 +86,12 @@ def _inner(annotation) -> type[BaseModel] | None:
     if arguments := get_args(annotation):
         return next(filter(None, map(_inner, arguments)), None)
     return annotation if inspect.isclass(annotation) and issubclass(annotation, BaseModel) else None
+
+
+def _words(annotation) -> tuple[str, ...]:
+    """The words of `Literal[…]` or `Literal[…] | None`."""
+    return sum((_words(argument) if get_args(argument) else (argument,) for argument in get_args(annotation)
+                if argument is not NoneType), ())
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -52,8 +52,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         recipe = Recipe.model_validate(draft.tree)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            if problem["type"] != "default_factory_not_called":     # only says that another field is wrong
-                draft.note(tuple(map(str, problem["loc"])), explain(problem))
+            key = tuple(map(str, problem["loc"]))
+            told = problem["type"] == "missing" and any(key[:depth] in draft.noted for depth in range(1, len(key)))
+            if problem["type"] != "default_factory_not_called" and not told:    # these only say that another is wrong
+                draft.note(key, explain(problem))
     refuse([text for _, text in sorted(draft.problems, key=lambda problem: problem[0])])
     return Loaded(recipe, Path(path), _text(Path(path)), draft.places)
 

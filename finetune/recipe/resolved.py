@@ -22,11 +22,12 @@ def dump(recipe: Recipe) -> str:
 def training_part(recipe: Recipe) -> dict:
     """What decides the trained numbers, as plain JSON values: all but what is watched, kept and written.
 
-    Where base and pictures lie is left out too, because the run hashes their content; and `train.threads`,
+    Where base and pictures lie and which are left out is not in it, because the run hashes the content; nor `train.threads`,
     because what matters is how many it really used."""
     return recipe.model_dump(mode="json", exclude={
-        "preview": True, "every": True, "export": True, "data": {"images"},
-        "base": {"path", "revision", "variant"}, "train": {"keep_checkpoints", "threads"}})
+        "preview": True, "every": True, "export": True,
+        "data": {"images": True, "unreadable": True, "validation": True, "workers": True, "mask": {"source"}, "prior": {"images"}},
+        "base": {"path", "revision", "variant", "adapters"}, "train": {"keep_checkpoints", "threads"}})
 
 
 def difference(old: Mapping, new: Mapping) -> list[str]:

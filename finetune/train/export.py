@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from finetune import __version__
-from finetune.artifact import Artifact, deltas
+from finetune.artifact import Artifact, modules
+from finetune.change import core
 from finetune.errors import FinetuneError
 from finetune.formats import base as formats
 from finetune.runfolder import RunFolder, write_text
@@ -14,17 +15,19 @@ from finetune.train import verify
 from finetune.train.setup import Run
 
 
-def write(artifact: Artifact, folder: RunFolder, format_names: list[str], spec) -> list[Path]:
-    """One file per format, each opened again and compared. Raises FinetuneError rather than hand over a bad adapter."""
-    check(artifact)
+def write(artifacts: dict[str, Artifact], folder: RunFolder, format_names: list[str], spec) -> list[Path]:
+    """One file per artifact and format, each opened again and compared. Raises FinetuneError rather than hand over a bad
+    adapter."""
     paths = []
-    for i, name in enumerate(format_names):
-        path = folder.adapter(name, first=i == 0)
-        formats.save(artifact, path, name, spec)
-        again = formats.load(path, spec).tensors
-        same = again.keys() == artifact.tensors.keys() and all(torch.equal(again[k], t) for k, t in artifact.tensors.items())
-        assert same, f"{path}: what was written is not what was trained"
-        paths.append(path)
+    for title, artifact in artifacts.items():
+        check(artifact)
+        for i, name in enumerate(format_names):
+            path = folder.adapter(name, i == 0, title)
+            formats.save(artifact, path, name, spec)
+            again = formats.load(path, spec).tensors
+            same = again.keys() == artifact.tensors.keys() and all(torch.equal(again[k], t) for k, t in artifact.tensors.items())
+            assert same, f"{path}: what was written is not what was trained"
+            paths.append(path)
     return paths
 
 
@@ -36,7 +39,8 @@ def prove(run: Run, paths: list[Path]) -> dict[str, list[verify.Check]]:
     for strength in verify.STRENGTHS:
         with run.method.at(strength):
             expected[strength] = verify.probe(run.family)
-    results = {path.name: verify.verify(path, run.family, expected) for path in paths}
+    with run.method.at(0):
+        results = {path.name: verify.verify(path, run.family, expected) for path in paths}
     write_text(run.folder.adapters / "verify.json", verify.as_json(results))
     for path in paths:
         if not all(check.passed for check in results[path.name]):
@@ -52,7 +56,7 @@ def check(artifact: Artifact) -> None:
     if bad:
         raise FinetuneError(f"{len(bad)} trained tensors are not finite ({bad[0]}, …): no adapter is written; "
                             "lower train.learning_rate and start again with --fresh")
-    if not any(delta.any() for _, _, delta in deltas(artifact)):
+    if not any(core(module).any() for module in modules(artifact.tensors).values()):
         raise FinetuneError("the adapter changes nothing: no adapter is written; raise train.learning_rate or train.max_steps")
 
 
@@ -60,8 +64,13 @@ def metadata(run: Run) -> dict[str, str]:
     """What every file of the run says about itself: the part of the recipe that decides the trained numbers, with the
     names of base and pictures but without the private paths to them, for an adapter travels."""
     recipe, base, name = run.identity["exact"]["recipe"], run.family.source.name, run.folder.name
-    examples, images = len(run.loader.examples), Path(run.recipe.data.images).name
-    public = recipe | {"base": recipe["base"] | {"path": base}, "data": recipe["data"] | {"images": images}}
+    learned = run.loader.streams[0]
+    images = [{"path": source.path.rstrip("/").rpartition("/")[2], "repeats": source.repeats} for source in run.recipe.data.images]
+    adapters = [{"path": Path(a.path).name, "strength": a.strength} for a in run.recipe.base.adapters]
+    methods = [method | ({"start_from": Path(method["start_from"]).name} if method.get("start_from") else {})
+               for method in recipe["method"]]
+    public = recipe | {"base": recipe["base"] | {"path": base, "adapters": adapters}, "method": methods,
+                       "data": {"images": images} | recipe["data"]}
     train = public["train"]
     return {
         "finetune.version": __version__,
@@ -71,12 +80,12 @@ def metadata(run: Run) -> dict[str, str]:
         "ss_sd_model_name": base,
         "ss_steps": str(train["max_steps"]),
         "ss_max_train_steps": str(train["max_steps"]),
-        "ss_num_train_images": str(examples),
-        "ss_num_batches_per_epoch": str(max(1, examples // (train["batch_size"] * run.accelerator.num_processes))),
+        "ss_num_train_images": str(learned.index.repeats.sum()),
+        "ss_num_batches_per_epoch": str(learned.order.steps * train["gradient_accumulation"]),
         "ss_batch_size_per_device": str(train["batch_size"]),
         "ss_gradient_accumulation_steps": str(train["gradient_accumulation"]),
         "ss_learning_rate": str(train["learning_rate"]),
-        "ss_lr_scheduler": train["schedule"],
+        "ss_lr_scheduler": train["schedule"]["kind"],
         "ss_optimizer": train["optimizer"],
         "ss_mixed_precision": train["mixed_precision"],
         "ss_seed": str(train["seed"]),

@@ -38,8 +38,8 @@ def train(run: Run, start: int, window: "Window") -> None:
     bar = tqdm(total=last, initial=start, unit="step", disable=not main, dynamic_ncols=True)
     if start == 0 and every.preview:
         preview(run, 0)
-    for step in range(start, last):
-        window.add(*one_step(run, step))
+    for step, batches in zip(range(start, last), run.loader.run(range(start, last))):
+        window.add(*one_step(run, step, batches), sum(len(batch.positions) for batch in batches))
         done = step + 1
         bar.update()
         if done % every.log == 0 or done == last:
@@ -55,26 +55,27 @@ def train(run: Run, start: int, window: "Window") -> None:
     bar.close()
 
 
-def one_step(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step. Returns this process's mean loss and the norm of the gradient, both still on the device."""
+def one_step(run: Run, step: int, batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step over this process's batches, whose losses are summed up. Returns the sum and the norm of the
+    gradient, both still on the device."""
     recipe, accelerator = run.recipe.train, run.accelerator
     run.model.train()
+    run.optimizer.train()
     for group in run.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor(recipe.schedule, step, recipe.max_steps, recipe.warmup_steps)
+        group["lr"] = 0.0 if step >= group["until"] else group["peak_lr"] * factor(
+            step=step, max_steps=recipe.max_steps, warmup_steps=recipe.warmup_steps,
+            **recipe.schedule.model_dump(exclude_none=True))
     total = torch.zeros((), device=accelerator.device)
-    for micro in range(recipe.gradient_accumulation):
-        # Consecutive positions are dealt out to the processes, so that any split sees the same stream.
-        first = ((step * recipe.gradient_accumulation + micro) * accelerator.num_processes
-                 + accelerator.process_index) * recipe.batch_size
-        batch = to_device(run.loader.batch(list(range(first, first + recipe.batch_size))), accelerator.device)
-        seed_step(recipe.seed, first)
-        syncing = micro == recipe.gradient_accumulation - 1
-        with nullcontext() if syncing else accelerator.no_sync(run.model):
-            loss = run.model(batch)
-            accelerator.backward(loss / recipe.gradient_accumulation)
-        total += loss.detach() / recipe.gradient_accumulation
+    for batch in batches:
+        seed_step(recipe.seed, batch.positions[0])
+        with nullcontext() if batch is batches[-1] else accelerator.no_sync(run.model):
+            loss = run.model(to_device(batch, accelerator.device))
+            accelerator.backward(loss)
+        total += loss.detach()
     norm = accelerator.clip_grad_norm_(run.parameters.values(), recipe.clip_norm or float("inf"))
     run.optimizer.step()
+    run.method.after_step()
+    run.optimizer.eval()        # between steps the parameters are what is shown and saved; schedule-free steps elsewhere
     run.optimizer.zero_grad()
     if run.ema:
         run.ema.update(step)
@@ -85,9 +86,9 @@ def to_device(batch: Batch, where: torch.device) -> Batch:
     def move(t):
         return None if t is None else t.to(where, non_blocking=True)
 
-    text = batch.conditioning and Conditioning(move(batch.conditioning.tokens), move(batch.conditioning.pooled))
+    text = (told := batch.conditioning) and Conditioning(move(told.tokens), move(told.pooled), move(told.mask))
     return replace(batch, weight=move(batch.weight), geometry=move(batch.geometry), pixels=move(batch.pixels),
-                   latents=move(batch.latents), conditioning=text)
+                   latents=move(batch.latents), mask=move(batch.mask), conditioning=text)
 
 
 class Window:
@@ -95,12 +96,13 @@ class Window:
 
     def __init__(self, run: Run, losses: list[float] = (), norms: list[float] = ()):
         where = run.accelerator.device
-        self.run, self.begin = run, time.perf_counter()
+        self.run, self.begin, self.pictures = run, time.perf_counter(), 0
         self.losses, self.norms = ([torch.tensor(value, device=where) for value in values] for values in (losses, norms))
 
-    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+    def add(self, loss: torch.Tensor, norm: torch.Tensor, pictures: int) -> None:
         self.losses.append(loss)
         self.norms.append(norm)
+        self.pictures += pictures
 
     def values(self) -> dict[str, list[float]]:
         """What a checkpoint keeps, so that the log of a resumed run is that of an uninterrupted one."""
@@ -117,12 +119,12 @@ class Window:
         norm = torch.stack(self.norms).mean().item()
         line = {"step": done, "loss": loss, "grad_norm": norm if math.isfinite(norm) else None,
                 "lr": run.optimizer.param_groups[0]["lr"],
-                "images_per_second": round(run.positions_per_step * len(self.losses) / seconds, 3),
+                "images_per_second": round(self.pictures * accelerator.num_processes / seconds, 3),
                 "memory_mb": device.memory_mb(accelerator.device)}
         if accelerator.is_main_process:
             with open(run.folder.metrics, "a") as f:
                 f.write(json.dumps(line) + "\n")
-        self.losses, self.norms, self.begin = [], [], time.perf_counter()
+        self.losses, self.norms, self.begin, self.pictures = [], [], time.perf_counter(), 0
         return {"loss": f"{loss:.4f}", "lr": f"{line['lr']:.1e}", "img/s": f"{line['images_per_second']:.1f}",
                 "MB": str(line["memory_mb"])}
 
@@ -193,9 +195,9 @@ def preview(run: Run, done: int) -> None:
             pipeline = run.family.pipeline()
             if run.base_pictures is None:
                 with run.method.at(0):
-                    run.base_pictures = generate(pipeline, jobs, p.steps, p.guidance, size=size, say="preview of the base")
+                    run.base_pictures = list(generate(pipeline, jobs, p.steps, p.guidance, size=size, say="preview of the base"))
             with run.ema.swapped() if run.ema else nullcontext():
-                now = generate(pipeline, jobs, p.steps, p.guidance, size=size, say=f"preview at step {done}")
+                now = list(generate(pipeline, jobs, p.steps, p.guidance, size=size, say=f"preview at step {done}"))
         rows = [list(pair) for pair in zip(run.base_pictures, now)]
         grid(rows, [f"{prompt} · {seed}" for prompt, seed in jobs], ["base", f"step {done}"]).save(run.folder.preview(done))
     run.accelerator.wait_for_everyone()

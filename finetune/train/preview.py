@@ -1,6 +1,7 @@
 """Pictures to look at: sampled with seeds of their own, laid out as a labelled grid."""
 
 import textwrap
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,21 +25,21 @@ def resting(parts: dict[str, torch.nn.Module]):
 
 
 def generate(pipeline, jobs: list[tuple[str, int]], steps: int, guidance: float, negative: str = "",
-             size: tuple[int, int] | None = None, batch: int = 8, say: str | None = None) -> list[Image.Image]:
-    """One picture per (prompt, seed). Each picture's noise comes from its own seed, whatever else is in the batch.
+             size: tuple[int, int] | None = None, batch: int = 8, say: str | None = None) -> Iterator[Image.Image]:
+    """One picture per (prompt, seed), in turn. Each picture's noise comes from its own seed, whatever else is in the batch.
 
     `size` is (height, width) in pixels, the base's own when None; `say` names a progress bar."""
     pipeline.set_progress_bar_config(disable=True)
     options = {} if size is None else {"height": size[0], "width": size[1]}
-    pictures = []
-    with torch.no_grad(), tqdm(total=len(jobs), desc=say, unit="img", disable=say is None, leave=False) as bar:
+    with tqdm(total=len(jobs), desc=say, unit="img", disable=say is None, leave=False) as bar:
         for start in range(0, len(jobs), batch):
             some = jobs[start:start + batch]
-            pictures += pipeline([prompt for prompt, _ in some], num_inference_steps=steps, guidance_scale=guidance,
-                                 negative_prompt=[negative] * len(some),
-                                 generator=[torch.Generator().manual_seed(seed) for _, seed in some], **options).images
+            with torch.no_grad():
+                pictures = pipeline([prompt for prompt, _ in some], num_inference_steps=steps, guidance_scale=guidance,
+                                    negative_prompt=[negative] * len(some),
+                                    generator=[torch.Generator().manual_seed(seed) for _, seed in some], **options).images
             bar.update(len(some))
-    return pictures
+            yield from pictures
 
 
 def grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:

@@ -1,7 +1,8 @@
-"""The proof that comes with an adapter: the written file is opened again, and diffusers' own loader gets what was trained.
+"""The proof that comes with an adapter: the written file is opened again, and gives what was trained.
 
 The probe is one call of the denoiser at a fixed latent, text and timestep. `expected` is its output with the adapter at
-strength 0.5 and 1: from the training model at the end of `train`, from our own merge in `finetune verify`.
+strength 0.5 and 1: from the training model at the end of `train`, from our own merge in `finetune verify`. A LoRA is loaded
+by diffusers; other kinds, which diffusers does not load, are merged by ourselves and held against the training model.
 """
 
 import json
@@ -12,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.artifact import Artifact, deltas
+from finetune.artifact import Artifact, modules
+from finetune.change import core
 from finetune.diffusion import noise
 from finetune.families import base as families
 from finetune.formats import base as formats
@@ -37,19 +39,24 @@ def verify(path: Path, family, expected: dict[float, Tensor] | None = None) -> l
     artifact = formats.load(path, family.spec)
     checks, misfits = alone(artifact), families.misfits(family.parts, artifact)
     checks.append(Check("fits the base", not misfits, "; ".join(misfits[:3]) or "every module"))
-    if all(check.passed for check in checks):
+    if not all(check.passed for check in checks):
+        return checks
+    if artifact.kind == "lora":
         expected = expected or {s: merged(family, artifact, s) for s in STRENGTHS}
         with warnings.catch_warnings():     # peft remarks that the file comes beside what was trained, and goes again
             warnings.simplefilter("ignore")
             checks += by_diffusers(path, family, expected)
+    elif expected:
+        checks += [compared(family, f"merged by finetune at {s:g}", merged(family, artifact, s), wanted)
+                   for s, wanted in expected.items()]
     return checks
 
 
 def alone(artifact: Artifact) -> list[Check]:
     """What can be said of an adapter without its base."""
-    changes = [delta for _, _, delta in deltas(artifact)]
-    finite = sum(bool(delta.isfinite().all()) for delta in changes)
-    moved = sum(bool(delta.any()) for delta in changes)
+    changes = modules(artifact.tensors).values()
+    finite = sum(all(bool(t.isfinite().all()) for t in (*change.values(), core(change))) for change in changes)
+    moved = sum(bool(core(change).any()) for change in changes)
     return [Check("finite", finite == len(changes), f"{finite} of {len(changes)} changes"),
             Check("not zero", moved > 0, f"{moved} of {len(changes)} changes")]
 
@@ -57,21 +64,24 @@ def alone(artifact: Artifact) -> list[Check]:
 def by_diffusers(path: Path, family, expected: dict[float, Tensor]) -> list[Check]:
     """The probe with the file loaded by diffusers at each strength, against what is expected there."""
     pipeline, denoiser = family.pipeline(), family.parts["denoiser"]
-    limit = TOLERANCE[next(denoiser.parameters()).dtype]
     checks = []
     try:
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=NAME)
         for strength, wanted in expected.items():
             pipeline.set_adapters([NAME], [strength])
-            error = ((probe(family) - wanted).norm() / wanted.norm()).item()
-            checks.append(Check(f"diffusers at strength {strength:g}", error <= limit,
-                                f"relative difference {error:.1e}, at most {limit:.0e}"))
+            checks.append(compared(family, f"diffusers at strength {strength:g}", probe(family), wanted))
     except (ValueError, RuntimeError, KeyError) as e:
         checks.append(Check("diffusers", False, f"its loader refuses the file: {str(e).splitlines()[0]}"))
     finally:
         if NAME in getattr(denoiser, "peft_config", {}):
             pipeline.delete_adapters([NAME])
     return checks
+
+
+def compared(family, name: str, found: Tensor, wanted: Tensor) -> Check:
+    limit = TOLERANCE[next(family.parts["denoiser"].parameters()).dtype]
+    error = ((found - wanted).norm() / wanted.norm()).item()
+    return Check(name, error <= limit, f"relative difference {error:.1e}, at most {limit:.0e}")
 
 
 def merged(family, artifact, strength: float) -> Tensor:

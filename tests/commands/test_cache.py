@@ -9,7 +9,7 @@ from finetune.cli import main
 from finetune.data import cache
 from finetune.families import base as families
 from finetune.families import sd1
-from finetune.train import setup
+from finetune.train import ground
 
 N = 7       # pictures in the fixture, all of the recipe mirrored too
 
@@ -78,7 +78,7 @@ def test_a_problem_of_the_recipe_is_placed(recipe, capsys):
 
 def encoders(family) -> tuple[str, str]:
     weights = {name: families.fingerprint({name: part}) for name, part in family.parts.items()}
-    return setup.encoders(SimpleNamespace(family=family, weights=weights), "cpu")
+    return ground.encoders(SimpleNamespace(family=family, weights=weights), "cpu")
 
 
 def test_what_tells_encoders_apart():

@@ -8,15 +8,14 @@ import torch
 
 from finetune.batch import Conditioning
 from finetune.data import encode
-from finetune.data.loader import View
-from finetune.data.scan import scan
 
 
 class Encoder:
     """A stand-in for a VAE and a text encoder that counts its calls."""
 
-    def __init__(self):
+    def __init__(self, streamed):
         self.pictures = self.captions = 0
+        self.streamed = streamed
 
     def moments(self, pixels):
         self.pictures += 1
@@ -34,17 +33,24 @@ class Encoder:
 
     def everything(self, folder, store, who="weights", resolution=16, flip=True, dropout=0.1) -> list[torch.Tensor]:
         """All that is said of a folder, with the cache or without."""
-        examples, view = scan(str(folder), "{text}"), View(resolution, False, flip, "{text}", dropout)
-        moments = encode.pictures(examples, view, self.moments, True, store, who)
-        text = encode.texts(examples, view, self.text, True, store, who)
-        states = [text(caption) for caption in [e.columns["text"] for e in examples] + [""] * bool(dropout)]
-        return ([moments(n, mirrored) for n in range(len(examples)) for mirrored in range(1 + flip)]
+        stream = self.streamed(folder, resolution, flip=flip, dropout=dropout)
+        latents = self.latents(stream, store, who)
+        text = self.texts(stream, store, who)
+        columns = map(stream.index.columns, range(len(stream.index)))
+        states = [text(caption) for caption in [c["text"] for c in columns] + [""] * bool(dropout)]
+        return ([latents(n, mirrored)["moments"] for n in range(len(stream.index)) for mirrored in range(1 + flip)]
                 + [t for s in states for t in (s.tokens, s.pooled)])
+
+    def latents(self, stream, store, who="weights", moments=None):
+        return encode.pictures(stream.index, stream.sizes, stream.view, moments or self.moments, True, store, who)
+
+    def texts(self, stream, store, who="weights", text=None):
+        return encode.texts([(stream.index, stream.captions)], text or self.text, lambda caption: "", True, store, who)
 
 
 @pytest.fixture
-def encoder():
-    return Encoder()
+def encoder(streamed):
+    return Encoder(streamed)
 
 
 @pytest.fixture

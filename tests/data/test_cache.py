@@ -1,6 +1,7 @@
 """What is kept is what the encoder gives, bit for bit, and never what was made from something else."""
 
 import hashlib
+import io
 import os
 import shutil
 
@@ -10,14 +11,11 @@ import torch
 from PIL import Image
 
 from finetune.batch import Conditioning
-from finetune.data import cache, encode, pixels
+from finetune.data import cache, encode, pictures, pixels
 from finetune.data.cache import Cache, Rows, key
-from finetune.data.loader import CENTRE, View
-from finetune.data.scan import scan
 from finetune.errors import FinetuneError
 
 N = 7       # pictures in the fixture
-VIEW = View(16, False, True, "{text}", 0.1)
 
 
 def same(some, others) -> bool:
@@ -70,24 +68,24 @@ def test_nothing_is_used_for_what_it_was_not_made_for(folder, encoder, store, mo
     assert calls(resolution=24) == (2 * N, 0)
     assert calls(who="other weights") == (2 * N, N + 1)
     assert calls(flip=False, dropout=0.0) == (0, 0)
-    monkeypatch.setattr(encode, "PIXELS", 2)
+    monkeypatch.setattr(encode, "PIXELS", 0)
     assert calls() == (2 * N, 0)
     monkeypatch.setattr(cache, "FORMAT", 2)
     assert calls() == (2 * N, N + 1)
 
 
-def test_pixels_are_what_their_number_promises(tmp_path):
-    """If this fails, pixels.py makes other pixels than before: raise encode.PIXELS, so that old latents are not used."""
+def test_pixels_are_what_their_number_promises():
+    """If this fails, pictures.py or pixels.py makes other pixels: raise encode.PIXELS, so that old latents are not used."""
     ramp = np.arange(37 * 53 * 4).reshape(37, 53, 4) * 7919 % 256
-    for suffix, channels in (("png", 4), ("bmp", 3)):
-        Image.fromarray(ramp[..., :channels].astype(np.uint8)).save(tmp_path / f"x.{suffix}")
     whole = hashlib.sha256()
-    for suffix in ("png", "bmp"):
-        image = pixels.read(tmp_path / f"x.{suffix}")
-        for resolution in (16, 48):
-            crop = pixels.plan_crop(image.width, image.height, resolution, CENTRE)
+    for suffix, channels in (("PNG", 4), ("BMP", 3)):
+        file = io.BytesIO()
+        Image.fromarray(ramp[..., :channels].astype(np.uint8)).save(file, suffix)
+        image = pictures.read(file.getvalue(), "x")
+        for size in ((16, 16), (48, 48), (24, 32)):
+            crop = pixels.plan_crop(image.width, image.height, size)
             whole.update((pixels.fit(image, crop, True) * 127.5 + 127.5).round().byte().numpy().tobytes())
-    assert (encode.PIXELS, whole.hexdigest()[:16]) == (1, "e54c2d9b796f786f")
+    assert (encode.PIXELS, whole.hexdigest()[:16]) == (2, "ab1c34310da2304a")
 
 
 def test_equal_pictures_are_encoded_once(folder, encoder, store):
@@ -97,22 +95,23 @@ def test_equal_pictures_are_encoded_once(folder, encoder, store):
     assert encoder.calls() == (2 * N, N + 2)
 
 
-def test_a_picture_that_changes_during_the_run_is_not_kept_as_the_old_one(folder, encoder, store):
-    examples = scan(str(folder), "{text}")
+def test_a_picture_that_changes_during_the_run_is_not_kept_as_the_old_one(folder, encoder, store, streamed):
+    stream = streamed(folder)
     Image.new("RGB", (40, 36), "navy").save(folder / "0.png")
-    for _ in range(2):
-        with pytest.raises(FinetuneError, match="0.png: has changed"):
-            encode.pictures(examples, VIEW, encoder.moments, True, Cache(store))
-        (folder / "0.png").unlink(missing_ok=True)
+    with pytest.raises(FinetuneError, match="0.png: has changed"):
+        encoder.latents(stream, Cache(store))
+    (folder / "0.png").unlink()
+    with pytest.raises(FinetuneError, match="0.png"):
+        encoder.latents(stream, Cache(store))
 
 
-def test_numbers_that_are_not_finite_never_get_in(folder, encoder, store):
-    examples = scan(str(folder), "{text}")
+def test_numbers_that_are_not_finite_never_get_in(folder, encoder, store, streamed):
+    stream = streamed(folder, flip=True)
     for value in (float("nan"), float("inf")):
         with pytest.raises(FinetuneError, match="0.png.*not finite"):
-            encode.pictures(examples, VIEW, lambda x: encoder.moments(x) * value, True, Cache(store))
+            encoder.latents(stream, Cache(store), moments=lambda x: encoder.moments(x) * value)
         with pytest.raises(FinetuneError, match="not finite"):
-            encode.texts(examples, VIEW, lambda c: Conditioning(encoder.text(c).tokens * value), True, Cache(store))
+            encoder.texts(stream, Cache(store), text=lambda c: Conditioning(encoder.text(c).tokens * value))
     assert cache.contents(store) == {}
 
 

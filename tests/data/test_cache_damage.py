@@ -1,22 +1,20 @@
 """The cache after kills, rot and a disk that refuses, and with other processes at it: right, and nearly as useful."""
 
 import hashlib
-import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from finetune.data import cache, encode
-from finetune.data.cache import Cache
-from finetune.data.loader import View
-from finetune.data.scan import scan
+from finetune.data import cache
+from finetune.data.cache import Cache, Rows, key
 from finetune.errors import FinetuneError
 
 N = 7       # pictures in the fixture
-VIEW = View(16, False, True, "{text}", 0.1)
 
 
 def same(some, others) -> bool:
@@ -100,15 +98,14 @@ def test_files_that_are_cut_emptied_or_lost_cost_only_what_they_held(folder, enc
             assert left != size - 1 or sum(calls) == 1
 
 
-def test_an_entry_that_rots_during_the_run_is_made_again(folder, encoder, store):
+def test_an_entry_that_rots_during_the_run_is_made_again(folder, encoder, store, streamed):
     said = []
-    examples = scan(str(folder), "{text}")
-    moments = encode.pictures(examples, VIEW, encoder.moments, True, Cache(store, said.append))
-    first = moments(2, True)
+    latents = encoder.latents(streamed(folder, flip=True), Cache(store, said.append))
+    first = latents(2, True)["moments"]
     encoder.calls()
     next(store.glob("*.data")).write_bytes(b"")
-    assert torch.equal(moments(2, True), first) and encoder.calls() == (1, 0) and len(said) == 1
-    assert torch.equal(moments(2, True), first) and encoder.calls() == (0, 0)
+    assert torch.equal(latents(2, True)["moments"], first) and encoder.calls() == (1, 0) and len(said) == 1
+    assert torch.equal(latents(2, True)["moments"], first) and encoder.calls() == (0, 0)
 
 
 def test_a_disk_that_refuses_is_said_once_and_the_run_goes_on(folder, encoder, store, monkeypatch):
@@ -137,22 +134,26 @@ def test_a_cache_that_can_only_be_read_is_read(folder, encoder, store, monkeypat
     assert encoder.calls() == (0, 0)
 
 
-def fill(encoder, store, folder, barrier, answers):
-    barrier.wait()
-    found = encoder.everything(folder, Cache(store))
-    answers.put(hashlib.sha256(b"".join(t.numpy().tobytes() for t in found)).hexdigest())
+WRITER = """
+import hashlib, sys, torch
+from pathlib import Path
+from finetune.data.cache import Cache, Rows, key
+
+rows = Rows(Cache(Path(sys.argv[1])), "x", [key(n) for n in range(300)], lambda n: {"x": torch.full((100,), n)})
+sys.stdin.readline()        # all begin at once
+rows.fill(True, "x")
+print(hashlib.sha256(b"".join(rows[n]["x"].numpy().tobytes() for n in range(300))).hexdigest())
+"""
 
 
-def test_processes_that_write_at_once(folder, encoder, store):
-    context = multiprocessing.get_context("fork")
-    barrier, answers = context.Barrier(3), context.Queue()
-    workers = [context.Process(target=fill, args=(encoder, store, folder, barrier, answers)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    found = {answers.get(timeout=60) for _ in workers}
-    for worker in workers:
-        worker.join()
-    plain = encoder.everything(folder, None)
-    assert found == {hashlib.sha256(b"".join(t.numpy().tobytes() for t in plain)).hexdigest()}
-    encoder.calls()
-    assert same(encoder.everything(folder, Cache(store)), plain) and encoder.calls() == (0, 0)
+def test_processes_that_write_at_once(store):
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, store], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+               for _ in range(3)]
+    for writer in writers:
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    found = {writer.communicate(timeout=60)[0].strip() for writer in writers}
+    expected = [torch.full((100,), n) for n in range(300)]
+    assert found == {hashlib.sha256(b"".join(t.numpy().tobytes() for t in expected)).hexdigest()}
+    rows = Rows(Cache(store), "x", [key(n) for n in range(300)], None)
+    assert not rows.missing() and same([rows[n]["x"] for n in range(300)], expected)

@@ -156,18 +156,27 @@ def test_an_index_that_names_no_scheduler_is_told(base, entry):
 
 
 @pytest.mark.parametrize("fields, what", [
-    ({"prediction_type": "sample"}, "'sample'"), ({"prediction_type": "flow_prediction"}, "'flow_prediction'"),
-    ({"beta_schedule": "squaredcos_cap_v2"}, "squaredcos_cap_v2"), ({"trained_betas": [0.1, 0.2]}, "own betas"),
-    ({"rescale_betas_zero_snr": True}, "zero terminal SNR"),
+    ({"prediction_type": "flow_prediction"}, "'flow_prediction'"),
+    ({"beta_schedule": "sigmoid"}, "sigmoid is not implemented"),
+    ({"trained_betas": [0.1, 0.2]}, "2 betas are not 1000"),
+    ({"trained_betas": [0.1, 2.0], "num_train_timesteps": 2}, "at most 1"),
+    ({"rescale_betas_zero_snr": True}, "zero signal"),
 ])
 def test_a_noising_process_that_is_not_known_is_refused(base, fields, what):
     edit(base / "scheduler" / "scheduler_config.json", **fields)
-    if "rescale_betas_zero_snr" in fields:      # PNDM has no such field
-        edit(base / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
+    edit(base / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])       # PNDM has no zero SNR
     assert what in problem(base)
 
 
-def test_v_prediction_is_read_from_the_scheduler(base):
-    edit(base / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+@pytest.mark.parametrize("fields", [
+    {"prediction_type": "v_prediction"}, {"prediction_type": "sample"}, {"beta_schedule": "squaredcos_cap_v2"},
+    {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    {"trained_betas": [0.1, 0.2, 0.3], "num_train_timesteps": 3},
+])
+def test_the_noising_process_is_read_from_the_scheduler(base, fields):
+    edit(base / "scheduler" / "scheduler_config.json", **fields)
+    edit(base / "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     family = sd1.load(str(base))
-    assert family.path.prediction == "v_prediction" and family.path.steps == 1000
+    assert family.path.prediction == fields.get("prediction_type", "epsilon")
+    assert family.path.steps == fields.get("num_train_timesteps", 1000)
+    torch.testing.assert_close(family.path.alphas_cumprod.float(), family.scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)

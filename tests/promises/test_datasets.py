@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.scan import scan
-
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(p for p in (ROOT / "datasets").iterdir() if p.is_dir())
 
@@ -25,11 +23,11 @@ def test_they_are_small():
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
-def test_both_readers_agree(folder, tmp_path):
+def test_both_readers_agree(folder, tmp_path, streamed):
     from datasets import load_dataset
 
     rows = load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path))
-    ours = scan(str(folder), "{text}")
-    assert sorted(rows["text"]) == sorted(example.columns["text"] for example in ours)
-    assert all(example.width == example.height == 64 for example in ours)
+    ours = streamed(folder).index
+    assert sorted(rows["text"]) == sorted(ours.columns(i)["text"] for i in range(len(ours)))
+    assert (ours.width == 64).all() and (ours.height == 64).all()
     assert (folder / "README.md").is_file()

@@ -5,7 +5,7 @@ from pydantic import BaseModel
 
 from finetune import registry
 from finetune.errors import FinetuneError
-from finetune.recipe import Recipe, difference, dump, load, schema, shipped, training_part
+from finetune.recipe import Recipe, difference, dump, load, objective, schema, shipped, training_part
 
 SMALLEST = """\
 base: {path: tiny}
@@ -66,12 +66,25 @@ export: [kohya, diffusers]
     assert recipe.train.mixed_precision == "no"     # YAML 1.2: `no` is a word, not false
     assert recipe.train.clip_norm is None
     assert recipe.method[0].targets == ("cross_attention", "*.ff.*")
-    assert recipe.objective.weighting == schema.Weighting(kind="min_snr", gamma=5.0)
+    assert recipe.objective.weighting == objective.Weighting(kind="min_snr", gamma=5.0)
 
 
-def test_alpha_is_the_rank_unless_given(write):
-    assert load(write(SMALLEST), ["method.rank=8"]).recipe.method[0].alpha == 8
-    assert load(write(SMALLEST), ["method={kind: lora, rank: 8, alpha: 1}"]).recipe.method[0].alpha == 1
+def test_what_only_some_variants_have(write):
+    def lora(*overrides):
+        return load(write(SMALLEST), overrides).recipe.method[0]
+
+    assert (lora().rank, lora().factor, lora("method.variant=lokr").rank, lora("method.variant=lokr").factor) == (16, None, None, 8)
+    for variant, key, value in (("lokr", "rank", 8), ("oft", "dropout", 0.1), ("lora", "factor", 4), ("loha", "lora_plus", 16),
+                                ("dora", "max_norm", 1), ("oft", "ranks", "{conv: 3}"), ("lora", "block", 8)):
+        with pytest.raises(FinetuneError, match=rf"method.{key}: is of .*, and the variant is {variant}; leave it out"):
+            lora(f"method.variant={variant}", f"method.{key}={value}")
+    with pytest.raises(FinetuneError, match="method.text: lokr has neither rank nor alpha"):
+        lora("method.variant=lokr", "method.text.rank=8")
+
+
+def test_a_word_of_the_user_in_a_mapping_is_explained(write):
+    with pytest.raises(FinetuneError, match="method.ranks.conv: wants a whole number; given 'x'\n    Other ranks"):
+        load(write(SMALLEST), ["method.ranks.conv=x"])
 
 
 def test_a_weighting_may_be_a_name_alone(write):
@@ -88,7 +101,7 @@ def test_recipes_are_frozen(write):
     ("train: {learning_rat: 1e-4}", "train.learning_rat: unknown key; did you mean 'learning_rate'?"),
     ("trian: {}", "trian: unknown key; did you mean 'train'?"),
     ("max_steps: 3", "max_steps: unknown key; did you mean 'train.max_steps'?"),
-    ("train: {steps: 3}", "train.steps: unknown key; did you mean 'max_steps' or 'preview.steps'?"),
+    ("train: {steps: 3}", "train.steps: unknown key; did you mean 'max_steps' or 'data.prior.steps' or 'preview.steps'?"),
     ("zzzz: 3", "zzzz: unknown key\n    keys here: base, data"),
     ("train: {ema: {dekay: 0.9}}", "train.ema.dekay: unknown key; did you mean 'decay'?"),
     ("train: {optimizer: adam}",
@@ -147,7 +160,7 @@ def test_one_mistake(write, line, expected):
      "dog.yaml:2  data.resolution: wants a multiple of 8; given 500"),
     ("images: pictures", "images: p, crop: centre", "unknown crop 'centre'; did you mean 'center'?"),
     ("images: pictures", "images: p, caption: {template: {text}}",
-     "dog.yaml:2  data.caption.template: wants text"),
+     "dog.yaml:2  data.caption.template: a text with braces needs quotes"),
     ("images: pictures", "images: p, caption: {template: {{text}}}", "a text with braces needs quotes"),
     ("images: pictures", "images: p, caption: {dropout: 2}",
      "data.caption.dropout: wants at most 1; given 2"),
@@ -158,7 +171,7 @@ def test_one_mistake(write, line, expected):
     ("kind: lora", "kind: lora, dropout: 1", "dog.yaml:3  method.dropout: wants less than 1; given 1"),
     ("kind: lora", "kind: lora, targets: all", "dog.yaml:3  method.targets: wants a list; given 'all'"),
     ("kind: lora", "kind: lora, targets: [all, 3]", "dog.yaml:3  method.targets.1: wants text"),
-    ("{kind: lora}", "lora", "dog.yaml:3  method: wants a mapping of kind, rank"),
+    ("{kind: lora}", "lora", "dog.yaml:3  method: wants a mapping of kind, variant, rank"),
     ("{kind: lora}", "[{kind: lora}, {kind: lora}]",
      "dog.yaml:3  method: lora, lora: each may be named once"),
 ])
@@ -179,7 +192,7 @@ method:
   rank: four
 train:
   seed: 1
-  optimizer: sgd
+  optimizer: adam
   seed: 2
 """), "train.batch_size=0", "train.max_step=3")
     places = [line.split("  ")[:2] for line in said.splitlines() if not line.startswith("    ")]
@@ -226,7 +239,7 @@ def test_overrides(write):
     assert (recipe.method[0].rank, recipe.method[0].dropout) == (8, 0.1)
     assert recipe.preview.prompts == ("a dog", "a: cat")
     assert recipe.train.ema.decay == 0.8
-    assert recipe.data.images == "2024-01-01"       # the last one wins, and a date is only a name
+    assert recipe.data.images[0].path == "2024-01-01"       # the last one wins, and a date is only a name
 
 
 @pytest.mark.parametrize("override, expected", [
@@ -287,7 +300,7 @@ def test_identity_holds_what_decides_the_numbers_and_nothing_else(write):
     for deciding in ("train.learning_rate=3e-4", "method.rank=4", "train.max_steps=3", "data.resolution=64"):
         assert part(deciding) != part(), deciding
     assert difference(part(), part("train.learning_rate=3e-4", "method.rank=4")) == [
-        "method.0.rank: 16 -> 4", "method.0.alpha: 16.0 -> 4.0", "train.learning_rate: 0.0001 -> 0.0003"]
+        "method.0.rank: 16 -> 4", "train.learning_rate: 0.0001 -> 0.0003"]
     assert difference({"a": 1}, {"b": 1}) == ["a: 1 -> absent", "b: absent -> 1"]
 
 

@@ -40,7 +40,17 @@ def test_all_bad_pictures_and_captions_at_once(refused, pictures, tmp_path):
     shutil.copytree(pictures, bad)
     (bad / "0.png").write_bytes((bad / "0.png").read_bytes()[:-30])
     (bad / "new.jpg").write_bytes(b"<html>not a picture</html>")
-    refused("0.png: not a readable picture", "new.jpg: not a readable picture", "new.jpg: no caption", data__images=bad)
+    shutil.copy(bad / "1.png", bad / "bare.png")
+    refused("0.png: not a readable picture", "new.jpg: not a readable picture", "bare.png: no caption", data__images=bad)
+
+
+def test_bad_pictures_can_be_left_out(recipe, train, pictures, tmp_path, capsys):
+    bad = tmp_path / "bad"
+    shutil.copytree(pictures, bad)
+    (bad / "0.png").write_bytes((bad / "0.png").read_bytes()[:-30])
+    assert train(recipe, tmp_path / "run", "--set", f"data.images={bad}", "--set", "data.unreadable=skip") == 0
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert "skipped" in said and "0.png" in said and "6 pictures" in said
 
 
 def test_a_caption_that_would_be_cut(refused, pictures, tmp_path):
@@ -67,7 +77,7 @@ def test_a_base_of_another_family(refused, tmp_path):
 
 def test_a_target_that_matches_nothing(refused, recipe):
     refused("method.targets: 'to_kk' matches no module of sd1.denoiser", "nearest: 'to_k'",
-            "groups: cross_attention, attention, feed_forward, all", method__targets="[cross_attention, to_kk]")
+            "groups: cross_attention, attention, feed_forward, conv, all", method__targets="[cross_attention, to_kk]")
 
 
 def test_a_target_that_is_no_layer_with_weights(refused):

@@ -29,11 +29,11 @@ class Crash(BaseException):
 def crash_before(monkeypatch, step: int, action):
     real = loop.one_step
 
-    def one_step(run, at):
+    def one_step(run, at, batches):
         if at == step:
             monkeypatch.setattr(loop, "one_step", real)
             action()
-        return real(run, at)
+        return real(run, at, batches)
 
     monkeypatch.setattr(loop, "one_step", one_step)
 
@@ -55,6 +55,20 @@ def test_a_crashed_run_ends_with_the_same_bytes(recipe, train, tmp_path, monkeyp
         assert train(recipe, tmp_path / f"cut{step}", *options) == 0
         assert adapter(tmp_path / f"cut{step}") == adapter(tmp_path / "whole")
         assert trained(tmp_path / f"cut{step}") == trained(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "lion8bit", "adafactor", "prodigy", "schedule_free_adamw", "sgd"])
+def test_a_crashed_run_of_another_optimizer_too(recipe, train, tmp_path, monkeypatch, optimizer):
+    schedule = "constant" if optimizer == "schedule_free_adamw" else "{kind: wsd, decay: 0.5, floor: 0.1}"
+    options = settings(train__optimizer=optimizer, train__max_steps=4, train__schedule=schedule,
+                       train__learning_rate=1.0 if optimizer == "prodigy" else 1e-2)
+    assert train(recipe, tmp_path / "whole", *options) == 0
+    crash_before(monkeypatch, 3, crash)
+    with pytest.raises(Crash):
+        train(recipe, tmp_path / "cut", *options)
+    assert train(recipe, tmp_path / "cut", *options) == 0
+    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+    assert trained(tmp_path / "cut") == trained(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

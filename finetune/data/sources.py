@@ -1,0 +1,71 @@
+"""Where pictures lie: a folder, tar shards or a table of the `datasets` library, told apart by what the path is.
+
+Each is a place with three calls: `listing` what it holds without opening a picture, `read` the bytes of one of these rows,
+and make rows `portable`: something that can `read` them and be sent to another process."""
+
+import glob
+import os
+import re
+from dataclasses import dataclass, fields
+
+from finetune.data.folders import Folder
+from finetune.data.shards import Shards
+from finetune.errors import FinetuneError, nearest
+
+COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a recipe says of one."""
+
+    path: str
+    repeats: int = 1
+    split: str = "train"
+    image: str = "image"
+    limit: int | None = None
+    streaming: bool = False
+
+
+def locate(source: Source) -> "Folder | Shards | Saved":
+    """The place that a source names. Raises FinetuneError when there is none."""
+    path = os.path.expanduser(source.path)
+    if COMPRESSED.search(path):
+        raise FinetuneError(f"{path} is compressed, so its pictures cannot be read one by one; unpack it to a plain .tar")
+    if path.lower().endswith(".tar") and not os.path.isdir(path):
+        found = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
+        files = sorted(filter(os.path.isfile, found), key=os.fsencode)
+        if not files:
+            raise FinetuneError(f"no file fits {path}{_near(path)}")
+        place = Shards.of(path, files)
+    elif is_saved(path):
+        from finetune.data.tabular import saved
+        return saved(path, source)
+    elif os.path.isdir(path):
+        place = Folder(path)
+    elif os.path.exists(path):
+        raise FinetuneError(f"{path} is a file; a folder, .tar shards, a saved dataset or a hub id is needed")
+    elif HUB_ID.fullmatch(path) and not os.path.isdir(os.path.dirname(path)):
+        from finetune.data.tabular import from_hub
+        return from_hub(source)
+    else:
+        raise FinetuneError(f"there is no folder {path}{_near(path)}")
+    default = Source(source.path, source.repeats)
+    if odd := [f.name for f in fields(Source) if getattr(source, f.name) != getattr(default, f.name)]:
+        raise FinetuneError(f"{', '.join(odd)} goes with a dataset, but {path} is {place.kind}")
+    return place
+
+
+def is_saved(path: str) -> bool:
+    """Whether `save_to_disk` made this folder."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
+
+
+def _near(path: str) -> str:
+    """The nearest of the names that are there."""
+    folder, name = os.path.split(path.rstrip(os.sep))
+    try:
+        return nearest(name, (n for n in os.listdir(folder or ".") if not n.startswith(".")))
+    except OSError:
+        return f"; there is no folder {folder}"

@@ -1,0 +1,185 @@
+"""The words of the data; schema.py has the others."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from finetune.recipe.words import STRICT, Fraction, Positive, Rate, Some, Text, list_of
+
+
+class Images(BaseModel):
+    """One source of pictures and captions."""
+
+    model_config = STRICT
+
+    path: Text
+    """A folder of pictures, .tar shards (webdataset) by a pattern as `shards/*.tar`, a saved dataset, or a hub id."""
+    repeats: Positive = 1
+    """How often each picture of this source is seen in an epoch."""
+    split: Text = "train"
+    """Of a dataset: the split."""
+    image: Text = "image"
+    """Of a dataset: the column that holds the pictures."""
+    limit: Positive | None = None
+    """Of a dataset: the first so many examples; null is all."""
+    streaming: bool = False
+    """Of a hub id: read only the first `limit` examples over the network and keep them, instead of downloading all."""
+
+
+class Pixels(BaseModel):
+    """How a file becomes 8-bit sRGB."""
+
+    model_config = STRICT
+
+    background: Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")] = "#ffffff"
+    """What transparent pixels are laid over, as `"#rrggbb"`."""
+    animated: Literal["error", "first"] = "error"
+    """A picture with several frames is unreadable, or stands for its first frame."""
+    max_megapixels: Annotated[int, Field(ge=1, le=1000)] = 100
+    """A larger picture is unreadable: it may be made to fill the memory."""
+
+
+class Buckets(BaseModel):
+    """Pictures of any shape: each is scaled and cropped to the nearest of some sizes with about resolution² pixels."""
+
+    model_config = STRICT
+
+    step: Annotated[int, Field(ge=8, multiple_of=8)] = 64
+    """Sides are multiples of this."""
+    shortest: Positive | None = None
+    """The least side in pixels; null is half of the resolution."""
+    longest: Positive | None = None
+    """The greatest side in pixels; null is twice the resolution."""
+    upscale: bool = True
+    """false: a picture that is smaller than its bucket gets a bucket of its own size, rounded down to `step`."""
+
+
+class Choice(BaseModel):
+    """One of several captions of a picture."""
+
+    model_config = STRICT
+
+    template: Text
+    """A text with `{column}`s."""
+    weight: Rate = 1.0
+    """How often it is drawn, beside the others."""
+
+
+class Tags(BaseModel):
+    """Captions that are lists of tags."""
+
+    model_config = STRICT
+
+    separator: Text = ","
+    """What stands between two tags."""
+    shuffle: bool = False
+    """A new order at every draw."""
+    keep: Annotated[int, Field(ge=0)] = 0
+    """So many tags at the front stay where they are and are never dropped."""
+    dropout: Fraction = 0.0
+    """Share of the other tags that is left out at every draw."""
+
+
+class Caption(BaseModel):
+    """How captions are made from what is written beside the pictures."""
+
+    model_config = STRICT
+
+    template: Annotated[Some[Choice], list_of("template")] = (Choice(template="{text}"),)
+    """A text in which `{text}` stands for the caption and `{name}` for any column, or a list of `{template, weight}`
+    of which one is drawn."""
+    trigger: Text | None = None
+    """A word or two that is put before every caption that does not have it."""
+    prefix: str = ""
+    """Put before every caption as it is, spaces too."""
+    suffix: str = ""
+    """Put behind every caption as it is, spaces too."""
+    tags: Tags | None = None
+    """Treat captions as lists of tags, such as `{shuffle: true, keep: 1}`; null does not."""
+    wildcards: bool = False
+    """`a {red|blue} car`, in a caption or a template, is one of the two at every draw."""
+    dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of draws that see an empty caption, which keeps classifier-free guidance working."""
+    long: Literal["error", "truncate", "chunk"] = "error"
+    """A caption of more than 75 tokens is an error, is cut, or is encoded in up to three pieces of 75."""
+
+
+class Mask(BaseModel):
+    """What of a picture counts: the loss is averaged over the white of its mask."""
+
+    model_config = STRICT
+
+    source: Text = "alpha"
+    """`alpha`: the picture's own transparency; else a folder of masks with the pictures' names."""
+    unmasked_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How much a black pixel counts beside a white one."""
+
+
+class Prior(BaseModel):
+    """Prior preservation (DreamBooth): pictures of the class are trained along, so that the class stays what it was."""
+
+    model_config = STRICT
+
+    images: Text | None = None
+    """A folder of class pictures; null: all are made by the base."""
+    prompt: Text
+    """The caption of every class picture, and what the base makes the missing ones from."""
+    count: Positive = 200
+    """How many there have to be; what is missing is made by the base and kept."""
+    weight: Rate = 1.0
+    """How much a class picture counts beside a picture of yours."""
+    steps: Positive = 25
+    """Sampling steps of those that are made."""
+    guidance: Annotated[float, Field(ge=0)] = 5.0
+    """Guidance of those that are made; 1 is none."""
+
+
+class Validation(BaseModel):
+    """Pictures that are held out; copies of one picture stay on one side. Give one of the three."""
+
+    model_config = STRICT
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the pictures that is held out, drawn by the seed."""
+    files: Text | None = None
+    """A text file with the name of a held-out picture in each line."""
+    images: Text | None = None
+    """A folder of its own."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Validation":
+        if (self.fraction is None) + (self.files is None) + (self.images is None) != 2:
+            raise ValueError("wants one of fraction, files and images")
+        return self
+
+
+class Data(BaseModel):
+    """The pictures and captions that are learned from."""
+
+    model_config = STRICT
+
+    images: Annotated[Some[Images], list_of("path")]
+    """Folder of pictures with captions in metadata.jsonl or in a .txt beside each picture; or a list of sources, such as
+    `[{path: dog, repeats: 10}, style]`."""
+    resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 512
+    """Side in pixels of the square that every picture is scaled and cropped to; a multiple of 8."""
+    buckets: Buckets | None = None
+    """Sizes of other shapes with as many pixels, such as `{step: 64}`; null is the square alone."""
+    caption: Caption = Caption()
+    """How captions are made."""
+    flip: bool = False
+    """Mirror half of the draws, left to right; not for faces, writing or anything with a side."""
+    crop: Literal["center", "random"] = "center"
+    """Where the piece is cut. Random crops cannot be encoded beforehand, so they cost time in every step."""
+    pixels: Pixels = Pixels()
+    """How files are read."""
+    unreadable: Literal["error", "skip"] = "error"
+    """A picture that cannot be read stops the start, or is left out and named in the log."""
+    mask: Mask | None = None
+    """What of a picture counts, such as `{source: alpha}`; null is all of it."""
+    prior: Prior | None = None
+    """Pictures of the class, such as `{prompt: a photo of a dog}`; null is none."""
+    validation: Validation | None = None
+    """Pictures that are held out, such as `{fraction: 0.1}`; null is none."""
+    workers: Annotated[int, Field(ge=0, le=64)] = 2
+    """Threads that read ahead while the model computes; 0 reads when it is needed. Changes no number."""

@@ -1,0 +1,64 @@
+"""What the words of a recipe are made of: types with their limits, and shorter ways to write a value."""
+
+from functools import partial
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+
+from finetune import registry
+from finetune.errors import FinetuneError
+
+T = TypeVar("T")
+STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False,
+                    use_attribute_docstrings=True)
+
+
+def _registered(group: str, name: str) -> str:
+    try:
+        return registry.check(group, name)
+    except FinetuneError as error:
+        raise ValueError(str(error)) from None
+
+
+def registered(group: str) -> AfterValidator:
+    """The name of a file in that folder."""
+    return AfterValidator(partial(_registered, group))
+
+
+def _some(items: tuple) -> tuple:
+    # Not `min_length`: pydantic counts only the items that are right, so one wrong item would be told twice.
+    if not items:
+        raise ValueError("wants at least one in the list")
+    return items
+
+
+def different(words: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(words)) < len(words):
+        raise ValueError(f"{', '.join(words)}: each may be named once")
+    return words
+
+
+def list_of(key: str):
+    """One item may be written without the list around it, and an item with nothing to add as the text of `key` alone."""
+    def convert(value):
+        items = [value] if isinstance(value, (str, dict)) else value
+        if isinstance(value, dict) and value and not any(value.values()):       # what YAML makes of {text}
+            raise ValueError("a text with braces needs quotes")
+        return [{key: item} if isinstance(item, str) else item for item in items] if isinstance(items, list) else items
+    return BeforeValidator(convert)
+
+
+def _named(value):
+    """What needs no numbers of its own may be written as its kind alone."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Text = Annotated[str, Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Many = Annotated[tuple[T, ...], Field(strict=False)]
+Some = Annotated[Many[T], AfterValidator(_some)]
+Pair = Annotated[tuple[T, T], Field(strict=False)]
+NAMED = BeforeValidator(_named)

@@ -1,0 +1,234 @@
+"""What a run stands on: the recipe's pictures in their order, and the base, before a method changes it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from accelerate import Accelerator
+
+from finetune import device, registry
+from finetune.data import cache, encode
+from finetune.data.buckets import assign, sizes
+from finetune.data.cache import Cache
+from finetune.data.captions import Captions, Tags, literal
+from finetune.data.duplicates import overlap
+from finetune.data.index import Index, build, concatenated
+from finetune.data.loader import Encoded, Stream, View
+from finetune.data.order import Order
+from finetune.data.pictures import Reading
+from finetune.data.sources import Source
+from finetune.data.split import split
+from finetune.data.tables import Note
+from finetune.errors import FinetuneError
+from finetune.families import base as families
+from finetune.formats import base as formats
+from finetune.recipe import Recipe
+from finetune.train import prior as prior_pictures
+
+Say = Callable[[str], None]
+Role = Literal["learn", "class", "validation"]
+FIRST = {"learn": 0, "class": 2 ** 62, "validation": 2 ** 63}       # position of the first example, see data/loader.py
+
+
+@dataclass
+class Ground:
+    """What a run stands on, before a method changes the base."""
+
+    streams: list[Stream]               # the pictures that are learned, and those of the class
+    family: object
+    weights: dict[str, str]             # part -> hash of its weights
+    validation: Stream | None = None    # the pictures that are held out
+
+    @property
+    def all(self) -> list[Stream]:
+        return self.streams + ([self.validation] if self.validation else [])
+
+
+def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
+    """The pictures and the base, on the device. Raises FinetuneError for what cannot be read, or not be together."""
+    device.set_threads(recipe.train.threads)
+    device.check_precision(recipe.train.mixed_precision, recipe.base.dtype, accelerator.device)
+    index, held = pictures(recipe, say, not accelerator.is_main_process)
+    family = registry.find("families", recipe.base.family).load(
+        recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant)
+    families.merge(family.parts, [(formats.load(a.path, family.spec), a.strength) for a in recipe.base.adapters])
+    family.long = recipe.data.caption.long
+    stride = family.stride
+    check_stride(recipe, stride)
+    for part in family.parts.values():
+        part.to(accelerator.device)
+    weights = {name: families.fingerprint({name: part}) for name, part in family.parts.items()}
+    size = recipe.train.batch_size * recipe.train.gradient_accumulation * accelerator.num_processes
+    learn = partial(stream, recipe, stride, size)
+    ground = Ground([learn(index)], family, weights, held and learn(held, "validation"))
+    if recipe.data.prior:
+        ground.streams.append(learn(class_pictures(recipe, ground, accelerator, say), "class"))
+    encode.refuse([problem for s in ground.all for problem in encode.check_pictures(s.index, s.sizes)])
+    return ground
+
+
+def check_stride(recipe: Recipe, stride: int) -> None:
+    """Raise FinetuneError for sizes that the base's VAE cannot take."""
+    step = recipe.data.buckets and recipe.data.buckets.step
+    for key, side in (("resolution", recipe.data.resolution), ("buckets.step", step)):
+        if side and side % stride:
+            raise FinetuneError(f"data.{key}: {side} is not a multiple of {stride}, this base's VAE stride")
+
+
+def reading(recipe: Recipe) -> Reading:
+    background = tuple(bytes.fromhex(recipe.data.pixels.background[1:]))
+    return Reading(background, recipe.data.pixels.animated == "first", recipe.data.pixels.max_megapixels * 10**6)
+
+
+def pictures(recipe: Recipe, say: Say, quiet: bool) -> tuple[Index, Index | None]:
+    """The examples that are learned, and those that are held out. Raises FinetuneError for all that is wrong with them."""
+    wanted = recipe.data.validation
+    index = usable(found(recipe, "learn", say, quiet), recipe, say, words(recipe))
+    if not wanted:
+        return index, None
+    if wanted.images:
+        held = usable(found(recipe, "validation", say, quiet), recipe, say, words(recipe))
+        if pairs := overlap(index, held, reading(recipe)):
+            raise FinetuneError("\n    ".join(["data.validation.images: holds pictures that are learned too", *(
+                f"{held.name(h)} shows what {index.name(i)} shows" for i, h in pairs[:20])]))
+        return index, held
+    return split(index, wanted.fraction, wanted.files, recipe.train.seed, reading(recipe))
+
+
+def found(recipe: Recipe, role: Role, say: Say, quiet: bool) -> Index | None:
+    """The pictures of a role as they lie there, whatever is wrong with them; None where the recipe names no place."""
+    data = recipe.data
+    sources = {"learn": [Source(**source.model_dump()) for source in data.images],
+               "validation": data.validation and data.validation.images and [Source(data.validation.images)],
+               "class": data.prior and data.prior.images and [Source(data.prior.images)]}[role]
+    masks = data.mask.source if data.mask and role != "class" else None
+    field = {"learn": "data.images", "validation": "data.validation.images", "class": "data.prior.images"}[role]
+    return build(sources, reading(recipe), masks, say, quiet, field) if sources else None
+
+
+def usable(index: Index, recipe: Recipe, say: Say, captions: Captions | None = None) -> Index:
+    """The index, if training can do with what is noted of it. What the recipe allows to be left out is said; raises
+    FinetuneError for the rest, and for pictures without a caption."""
+    for note in index.notes:
+        if note.fatal and not fatal(note, recipe):
+            say(f"skipped   {note.name}: {note.text}")
+    encode.refuse([note for note in index.notes if fatal(note, recipe)]
+                  + (encode.check_captions(index, captions) if captions else []))
+    return index
+
+
+def fatal(note: Note, recipe: Recipe) -> bool:
+    """Whether training cannot do with what is noted."""
+    return note.fatal and not (note.kind == "unreadable" and recipe.data.unreadable == "skip")
+
+
+def words(recipe: Recipe) -> Captions:
+    """How captions are made."""
+    caption = recipe.data.caption
+    return Captions(tuple((choice.template, choice.weight) for choice in caption.template), caption.trigger, caption.prefix,
+                    caption.suffix, caption.tags and Tags(**caption.tags.model_dump()), caption.wildcards, caption.dropout)
+
+
+def stream(recipe: Recipe, stride: int, size: int, index: Index, role: Role = "learn") -> Stream:
+    """The examples of an index in their order, as the recipe wants them seen: `size` in a step. The class has one caption
+    and no masks; what is held out is always seen the same way."""
+    data, buckets = recipe.data, recipe.data.buckets
+    known = sizes(data.resolution, buckets.step, buckets.shortest, buckets.longest) if buckets else \
+        np.array([[data.resolution] * 2])
+    fitted = assign(index.height, index.width, known, buckets.step if buckets and not buckets.upscale else None)
+    captions = words(recipe)
+    mask = data.mask and ("alpha" if data.mask.source == "alpha" else "files")
+    view = View(reading(recipe), data.crop == "random", data.flip, mask, data.mask.unmasked_weight if mask else 0.0, stride)
+    weight = 1.0
+    if role == "class":
+        captions, view, weight = Captions(((literal(data.prior.prompt), 1.0),)), replace(view, mask=None), data.prior.weight
+    elif role == "validation":
+        captions, view = replace(captions, dropout=0.0), replace(view, random_crop=False, flip=False)
+    order = Order(np.unique(fitted, axis=0, return_inverse=True)[1].ravel(), index.repeats, size, recipe.train.seed,
+                  "order" if role == "learn" else f"{role} order")
+    return Stream(index, fitted, captions, view, order, None, weight, FIRST[role])
+
+
+def class_pictures(recipe: Recipe, ground: Ground, accelerator: Accelerator, say: Say) -> Index:
+    """The class pictures that are there, and as many made by the base as are missing."""
+    prior, quiet = recipe.data.prior, not accelerator.is_main_process
+    there = found(recipe, "class", say, quiet)
+    if there is not None:
+        usable(there, recipe, say)
+    missing = max(0, prior.count - (len(there) if there else 0))
+    if not missing:
+        return there
+    settings = prior.prompt, prior.steps, prior.guidance, recipe.data.resolution, recipe.train.seed
+    where = prior_pictures.folder(*settings, ground)
+    if accelerator.is_main_process:
+        check_prompt("data.prior.prompt", prior.prompt, ground.family)
+        prior_pictures.make(where, missing, *settings, ground.family, quiet)
+    accelerator.wait_for_everyone()
+    made = build([Source(str(where))], reading(recipe), None, say, quiet)
+    made = made.take(np.arange(missing))
+    return concatenated([there, made]) if there else made
+
+
+def check_prompt(key: str, prompt: str, family) -> None:
+    """Raise FinetuneError for a prompt that the sampler would cut: it takes one piece, however captions are taken."""
+    pieces, lost = family.pieces(prompt)
+    if cut := family.tokenizer.decode(sum(pieces[1:], lost)):
+        raise FinetuneError(f"{key}: {prompt!r} is too long for the text encoder: it would lose {cut!r}")
+
+
+def encoded(ground: Ground, trains: tuple[str, ...], steps: int, accelerator: Accelerator, store: Cache) -> Ground:
+    """With what the frozen encoders have to say, from the cache or made now. Random crops cannot be encoded beforehand, and
+    captions that differ at every draw are too many to be: of these, those that `steps` steps will draw are looked at."""
+    family, quiet = ground.family, not accelerator.is_main_process
+    vae, text = encoders(ground, accelerator.device.type)
+    listed = "text" not in trains and all(stream.captions.finite for stream in ground.all)
+    if not listed:
+        encode.refuse([problem for s in ground.all for problem in encode.check_drawn(
+            s, s.order.steps if s is ground.validation else steps, family.cut_text)])
+
+    def share(rows: slice) -> Iterator[Encoded]:
+        some = [replace(stream, index=stream.index.take(np.arange(len(stream.index))[rows]), sizes=stream.sizes[rows])
+                for stream in ground.all]
+        states = encode.texts([(s.index, s.captions) for s in some], family.encode_text, family.cut_text, quiet, store,
+                              text) if listed else None
+        for s in some:
+            latents = None if s.view.random_crop else encode.pictures(s.index, s.sizes, s.view, family.moments, quiet, store, vae)
+            yield Encoded(latents, states, family.latents)
+
+    if accelerator.num_processes > 1:       # each encodes its share, and reads what the others have encoded
+        with suppress(FinetuneError):       # met again below, by every process
+            list(share(slice(accelerator.process_index, None, accelerator.num_processes)))
+        accelerator.wait_for_everyone()
+    known = [replace(stream, encoded=encoded) for stream, encoded in zip(ground.all, share(slice(None)))]
+    return replace(ground, streams=known[:len(ground.streams)], validation=known[-1] if ground.validation else None)
+
+
+def encoders(ground: Ground, device_type: str) -> tuple[str, str]:
+    """What decides latents, and what decides text states, beside the pictures and the captions."""
+    family = ground.family
+    part = {name: [ground.weights[name], families.settings(module)] for name, module in family.parts.items()}
+    text = [part[name] for name in sorted(part) if name not in ("denoiser", "vae")]
+    return (cache.key(part["vae"], device_type),
+            cache.key(text, families.vocabulary(family.tokenizer), family.long, device_type))
+
+
+def describe(recipe: Recipe, ground: Ground) -> list[str]:
+    """What is learned from, for the log."""
+    learn, steps = ground.streams[0], recipe.train.max_steps
+    size, epoch = learn.order.size, learn.order.steps
+    sources = ", ".join(source.path + (f" × {source.repeats}" if source.repeats > 1 else "") for source in recipe.data.images)
+    lines = [f"data      {len(learn.index)} pictures at {recipe.data.resolution} px from {sources}"]
+    if recipe.data.buckets:
+        shapes, counts = np.unique(learn.sizes, axis=0, return_counts=True)
+        lines.append("buckets   " + ", ".join(f"{w}×{h}: {n}" for (h, w), n in zip(shapes.tolist(), counts.tolist())))
+    if len(ground.streams) > 1:
+        lines.append(f"prior     {len(ground.streams[1].index)} class pictures, as many in a step, weight {ground.streams[1].weight:g}")
+    if ground.validation:
+        lines.append(f"held out  {len(ground.validation.index)} pictures")
+    smaller = int((-(-learn.order.counts // size) * size > learn.order.counts).sum())
+    lines.append(f"plan      {steps} steps of {size}; an epoch is {epoch}" + (f", {smaller} of them smaller" if smaller else "")
+                 + f"; each picture is seen {steps / epoch:.1f} times" + (" its repeats" if (learn.index.repeats > 1).any() else ""))
+    return lines

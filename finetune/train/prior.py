@@ -1,0 +1,41 @@
+"""Prior preservation: the class pictures that are missing, made by the base itself (Ruiz et al. 2023, §3.2).
+
+They are kept in the toolkit's cache under what they depend on: prompt, base, seed, size, sampler. Each comes from a
+seed of its own, so making them can be stopped and continued, and more of them later begin with the same ones."""
+
+import os
+from pathlib import Path
+
+from finetune.data import cache
+from finetune.diffusion.noise import derive
+from finetune.errors import FinetuneError
+from finetune.train.preview import generate
+
+AT_ONCE = 4
+
+
+def folder(prompt: str, steps: int, guidance: float, resolution: int, seed: int, ground) -> Path:
+    """Where the pictures of these settings are kept."""
+    sampler = {name: value for name, value in ground.family.scheduler.config.items() if not name.startswith("_diffusers")}
+    made_from = cache.key("class pictures", prompt, steps, guidance, resolution, seed, ground.weights,
+                          type(ground.family.scheduler).__name__, sampler)
+    return cache.home().parent / "class" / made_from
+
+
+def make(where: Path, count: int, prompt: str, steps: int, guidance: float, resolution: int, seed: int, family,
+         quiet: bool) -> list[Path]:
+    """The first `count` pictures in `where`; those that are missing are made, under their names only when complete."""
+    files = [where / f"{number:06d}.png" for number in range(count)]
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        jobs = [(prompt, derive(seed, number, "class picture") % 2**63) for number in missing]
+        for number, picture in zip(missing, generate(family.pipeline(), jobs, steps, guidance, size=(resolution, resolution),
+                                                     batch=AT_ONCE, say=None if quiet else "class pictures")):
+            staging = files[number].with_suffix(f".{os.getpid()}.part")
+            picture.save(staging, "PNG")
+            os.replace(staging, files[number])
+    except OSError as e:
+        raise FinetuneError(f"data.prior: {where} cannot be written: {e.strerror or e}\n"
+                            "    FINETUNE_CACHE=DIR puts it elsewhere") from None
+    return files

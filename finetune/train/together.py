@@ -1,0 +1,66 @@
+"""The methods of a run as one: each trains at its own rate and to its own end, and is exported by itself."""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from finetune.artifact import Artifact
+from finetune.errors import FinetuneError
+
+
+@dataclass(frozen=True)
+class Together:
+    methods: tuple                      # see methods/base.py
+    ends: tuple[float, ...]             # the share of the run after which each stays as it is
+
+    def __post_init__(self):
+        kinds = {method.objective for method in self.methods}
+        if len(kinds) > 1:
+            raise FinetuneError(f"method: {' and '.join(sorted(kinds))} are different objectives; train them in runs of their own")
+
+    @property
+    def objective(self) -> str:
+        return self.methods[0].objective
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(part for method in self.methods for part in method.trains))
+
+    def install(self, family) -> None:
+        """Raises FinetuneError for a part that two methods would train; learned tokens are beside a text encoder, not in it."""
+        taken: dict[str, str] = {}
+        for method in self.methods:
+            method.install(family)
+            for part in method.trains if method.kind != "embedding" else ():
+                if part in taken:
+                    raise FinetuneError(f"method: {taken[part]} and {method.kind} would both train the {part}; leave one of them out")
+                taken[part] = method.kind
+
+    def groups(self, learning_rate: float, steps: int) -> list[dict]:
+        """Optimizer groups: `params`, `peak_lr`, and `until`, the step after which they rest."""
+        return [group | {"peak_lr": group["lr"], "until": round(end * steps)}
+                for method, end in zip(self.methods, self.ends) for group in method.groups(learning_rate)]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: p for method in self.methods for name, p in method.parameters().items()}
+
+    def after_step(self) -> None:
+        for method in self.methods:
+            method.after_step()
+
+    def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
+        """Each file's name, "" for the run's own, and what is in it."""
+        return {name: artifact for method in self.methods for name, artifact in method.export(metadata).items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for method in self.methods:
+            own = method.parameters()
+            method.restore({name: t for name, t in tensors.items() if name in own or len(self.methods) == 1})
+
+    @contextmanager
+    def at(self, strength: float):
+        with ExitStack() as stack:
+            for method in self.methods:
+                stack.enter_context(method.at(strength))
+            yield
