@@ -18,13 +18,13 @@ def run(args) -> int:
         raise FinetuneError("finetune cache wants a recipe, or else --status or --gc")
     if args.recipe:
         return build(args.recipe, args.overrides)
-    from finetune.data import cache
+    from finetune.data import cache, memory
 
     if args.gc:
         if not args.older_than >= 0:
             raise FinetuneError(f"--older-than {args.older_than:g}: a number of days, 0 or more")
         try:
-            freed = cache.collect(cache.home(), args.older_than)
+            freed = cache.collect(cache.home(), args.older_than) + memory.collect(args.older_than)
         except OSError as e:
             raise FinetuneError(f"{e.filename}: cannot be removed: {e.strerror}") from None
         print(f"freed     {freed / 1e6:,.1f} MB that were not used for {args.older_than:g} days")
@@ -65,8 +65,10 @@ def build(recipe: str, overrides: list[str]) -> int:
 
 def describe() -> None:
     """Where the cache is and what it holds."""
-    from finetune.data import cache
+    from finetune.data import cache, memory
 
-    print(f"cache     {cache.home()}")
+    print(f"cache     {memory.home()}")
     for kind, (entries, size) in sorted(cache.contents(cache.home()).items()):
         print(f"{kind:<9} {entries:,} entries, {size / 1e6:,.1f} MB")
+    for kind, paths in memory.contents().items():
+        print(f"{kind:<9} {len(paths):,} {'files' if kind == 'index' else 'folders'}, {sum(map(memory.size, paths)) / 1e6:,.1f} MB")

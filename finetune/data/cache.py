@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
+from finetune.data import memory
 from finetune.errors import FinetuneError
 
 FORMAT = 1                      # of the entries; another one is never read
@@ -34,8 +35,8 @@ Entry = dict[str, Tensor]
 
 
 def home() -> Path:
-    """The folder of the cache: $FINETUNE_CACHE or ~/.cache/finetune."""
-    return Path(os.environ.get("FINETUNE_CACHE") or "~/.cache/finetune").expanduser() / "encoded"
+    """The folder of the cache."""
+    return memory.home() / "encoded"
 
 
 def key(*decisive) -> str:

@@ -5,7 +5,9 @@ behind is not there, and is found out anew."""
 
 import json
 import os
+import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -35,6 +37,32 @@ def key(*decisive) -> str:
     return blake2b(json.dumps([FORMAT, *decisive]).encode(), digest_size=16).hexdigest()
 
 
+def used(path: Path) -> None:
+    """Note that something below `home` is still used."""
+    with suppress(OSError):     # somebody else's may be read too
+        os.utime(path)
+
+
+def contents() -> dict[str, list[Path]]:
+    """What is kept beside the cache of the encoders: indexes, class pictures, streams that were read."""
+    return {kind: sorted((home() / kind).iterdir()) for kind in ("class", "index", "streams") if (home() / kind).is_dir()}
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def collect(days: float) -> int:
+    """Remove what nobody has used for that long; returns the bytes freed."""
+    freed = 0
+    for path in (path for paths in contents().values() for path in paths):
+        with suppress(FileNotFoundError):       # another process collects too
+            if path.stat().st_mtime <= time.time() - days * 86400:
+                freed += size(path)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return freed
+
+
 def stamp(status: os.stat_result) -> int:
     """Another number when a file was edited, even if its time was put back: then its inode tells."""
     return (3 * status.st_mtime_ns + status.st_ctime_ns) % 2**63
@@ -50,6 +78,7 @@ class Memory:
         """The table that was saved last, mapped from the disk."""
         with suppress(OSError, pa.ArrowInvalid):
             whole = pa.memory_map(str(self._file(kind, name))).read_buffer()
+            used(self._file(kind, name))
             body = whole.slice(0, max(0, whole.size - CHECK_BYTES))
             if zlib.crc32(body).to_bytes(CHECK_BYTES, "little") == bytes(whole[body.size:]):
                 return pa.ipc.open_file(pa.BufferReader(body)).read_all().combine_chunks()

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from finetune.data.folders import LISTING
-from finetune.data.memory import Memory, home, key
+from finetune.data.memory import Memory, home, key, used
 from finetune.data.tables import Note, columns, first_line
 from finetune.errors import FinetuneError, nearest
 
@@ -140,6 +140,7 @@ def from_hub(source) -> Saved:
                                 "give the same command again") from None
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+    used(kept)
     return Saved(datasets.Dataset.from_file(str(kept / "data.arrow")), title, source.image, source.limit)
 
 

@@ -42,7 +42,8 @@ class Denoise:
         snr, conversion = path.snr(t), path.conversion(t)
         cost = self.loss(prediction - path.target(x0, epsilon.to(device), t), snr).mean(1, keepdim=True)
         mask = torch.ones_like(cost) if batch.mask is None else batch.mask
-        per_example = (mask * cost).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
+        # A random crop may hold nothing of its mask: it counts nothing.
+        per_example = (mask * cost).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3)).clamp(min=1e-6)
         weight = (self.weight(snr, conversion) / conversion).float().to(device)
         return Losses((batch.weight * weight * per_example).sum() * batch.share, per_example.detach(), t)
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from finetune.data import cache
+from finetune.data.memory import used
 from finetune.diffusion.noise import derive
 from finetune.errors import FinetuneError
 from finetune.train.preview import generate
@@ -35,6 +36,7 @@ def make(where: Path, count: int, prompt: str, steps: int, guidance: float, reso
             staging = files[number].with_suffix(f".{os.getpid()}.part")
             picture.save(staging, "PNG")
             os.replace(staging, files[number])
+        used(where)
     except OSError as e:
         raise FinetuneError(f"data.prior: {where} cannot be written: {e.strerror or e}\n"
                             "    FINETUNE_CACHE=DIR puts it elsewhere") from None

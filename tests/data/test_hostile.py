@@ -3,6 +3,7 @@ tests/golden/hostile.json anew: look at every line that it changes."""
 
 import hashlib
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -131,3 +132,25 @@ if __name__ == "__main__":
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(result)}" for name, result in found.items())
     note = "written by: python tests/data/test_hostile.py"
     GOLDEN.write_text(f'{{\n "made_by": "{note}",\n "outcomes": {{\n{lines}\n }}\n}}\n')
+
+
+def test_names_and_links_of_any_kind(tmp_path, monkeypatch):
+    """All are found, once; what cannot be opened is named; every name can be printed, on one line and anywhere."""
+    from finetune.data.index import build
+    from finetune.data.sources import Source
+
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    expected = CORPUS["build_names"](tmp_path)
+    root = tmp_path / "names"
+    for _ in range(2):          # read, and remembered
+        index = build([Source(str(root))], pictures.Reading(), None, print, True)
+        names = [index.name(i) for i in range(len(index))]
+        assert all(name.isprintable() and name.encode() for name in names)
+        unreadable = {note.name.rpartition("/")[2] for note in index.notes if note.kind == "unreadable"}
+        root_reads = os.access(root / "forbidden.png", os.R_OK)
+        assert unreadable == set(CORPUS["UNREADABLE"]) - ({"forbidden.png"} if root_reads else set())
+        assert len(names) == len(expected) + root_reads
+        data = (root / "plain.png").read_bytes()
+        assert all(index.read(i) == data for i in range(len(index)))
+    plain = {name for name in expected if name.isprintable() and name.isascii() and "\\" not in name}
+    assert plain <= {os.path.relpath(name, root) for name in names}
