@@ -47,6 +47,7 @@ class Artifact:
         lokr            lokr_w1 (a, c) · lokr_w2 (b, d[, kh, kw]) · alpha (), which is 1
         oft             oft_blocks (k, n, n) · alpha (), which is 0: unconstrained
         difference      diff, in the shape of the weight
+        embedding       embedding (n, width), with no path between part and role: the vectors of a learned token
         full, vae       weight, bias: not a change but what the base's become; part of vae is "vae"
 
     A file of others may mix them, from module to module, and may have a dora_scale beside any of them.

@@ -53,7 +53,7 @@ def build(recipe: str, overrides: list[str]) -> int:
         base = ground.load(loaded.recipe, accelerator, say)
         if loaded.recipe.data.crop == "random":
             say("note      data.crop is random: pictures cannot be encoded beforehand, captions are")
-        method = setup.install(loaded.recipe, base.family)
+        method = setup.install(loaded.recipe, base)
         ground.encoded(base, method.trains, loaded.recipe.train.max_steps, accelerator,
                        cache.Cache(cache.home(), say, strict=True))
     accelerator.wait_for_everyone()

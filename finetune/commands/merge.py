@@ -14,11 +14,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    import os
-    import shutil
-
     import torch
-    from safetensors import SafetensorError
 
     from finetune import registry
     from finetune.commands.sample import dtype, load, make, parse_adapter
@@ -36,14 +32,6 @@ def run(args) -> int:
     if overflow:
         raise FinetuneError(f"merged weights of {', '.join(overflow)} are not finite in {args.dtype}; use --dtype float32")
     make(args.out.parent)
-    staging = args.out.with_name(f".{args.out.name}.part")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        family.save(staging, target)
-        os.replace(staging, args.out)
-    except (OSError, SafetensorError) as e:
-        raise FinetuneError(f"--out {args.out}: cannot be written: {e}; nothing is left behind") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    families.write(family, args.out, target)
     print(f"{args.out}: {family.source.name} + " + " + ".join(f"{strength:g} × {path.name}" for path, strength in adapters))
     return 0

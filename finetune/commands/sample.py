@@ -9,7 +9,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--family", default="sd1")
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--variant", help="of the weight files, such as fp16")
-    parser.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", help="can be repeated")
+    parser.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]", 
+                        help="can be repeated; prompts name a learned token as its file is named")
     parser.add_argument("--strengths", default="1", metavar="S,S,…",
                         help="sample everything at each of these factors of the adapters; 0 is the base")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -33,7 +34,7 @@ def run(args) -> int:
 
     from PIL.PngImagePlugin import PngInfo
 
-    from finetune import registry
+    from finetune import registry, tokens
     from finetune.errors import FinetuneError
     from finetune.families import base as families
     from finetune.train.preview import generate, grid
@@ -47,16 +48,16 @@ def run(args) -> int:
     step = max(8, family.stride)        # diffusers' pipeline wants 8 whatever the VAE
     if size and any(side <= 0 or side % step for side in size):
         raise FinetuneError(f"--size {args.size}: both sides have to be multiples of {step}")
-    for prompt in [*prompts, args.negative]:
-        if cut := family.cut_text(prompt):
-            raise FinetuneError(f"the prompt {prompt!r} is too long for the text encoder: it would lose {cut!r}")
     if args.grid and args.grid.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise FinetuneError(f"--grid {args.grid}: the name of a picture is needed, as in grid.png")
     to_device(family)
     loaded = [(load(path, family.spec), strength) for path, strength in adapters]
-    pipeline = family.pipeline()
-    if args.scheduler:
-        pipeline.scheduler = scheduler(args.scheduler, pipeline.scheduler.config)
+    learned = learned_tokens(family, loaded, adapters)
+    loaded = [(artifact, strength) for artifact, strength in loaded if artifact.kind != "embedding"]
+    with tokens.added(family, learned):
+        for prompt in [*prompts, args.negative]:
+            if cut := family.cut_text(prompt):
+                raise FinetuneError(f"the prompt {prompt!r} is too long for the text encoder: it would lose {cut!r}")
     make(args.out)
     if args.grid:
         make(args.grid.parent)
@@ -65,9 +66,12 @@ def run(args) -> int:
     columns = []
     for factor in strengths:
         active = [(artifact, strength * factor) for artifact, strength in loaded if strength * factor]
-        with families.merged(family.parts, active):
+        with families.merged(family.parts, active), tokens.added(family, learned if factor else {}):
+            pipeline = family.pipeline()
+            if args.scheduler:
+                pipeline.scheduler = scheduler(args.scheduler, pipeline.scheduler.config)
             pictures = list(generate(pipeline, jobs, args.steps, args.guidance, args.negative, size, args.batch,
-                                     say=f"strength {factor:g}" if loaded else "sample"))
+                                     say=f"strength {factor:g}" if adapters else "sample"))
         columns.append(pictures)
         for i, ((prompt, seed), picture) in enumerate(zip(jobs, pictures)):
             facts = {"prompt": prompt, "negative": args.negative, "seed": seed, "steps": args.steps, "guidance": args.guidance,
@@ -78,7 +82,7 @@ def run(args) -> int:
             suffix = f"-strength{factor:g}" if len(strengths) > 1 else ""
             picture.save(args.out / f"{i:04d}-seed{seed}{suffix}.png", pnginfo=info)
     if args.grid:
-        labels = ["base" if not (loaded and factor) else f"strength {factor:g}" for factor in strengths]
+        labels = ["base" if not (adapters and factor) else f"strength {factor:g}" for factor in strengths]
         grid([list(row) for row in zip(*columns)], [f"{prompt} · seed {seed}" for prompt, seed in jobs], labels).save(args.grid)
     print(f"{len(jobs) * len(strengths)} pictures in {args.out}" + (f", grid {args.grid}" if args.grid else ""))
     return 0
@@ -105,6 +109,23 @@ def load(path: Path, spec):
     from finetune.formats import base as formats
 
     return formats.load(path, spec)
+
+
+def learned_tokens(family, loaded: list, adapters: list[tuple[Path, float]]) -> dict:
+    """{token: part: rows} of the learned tokens among the adapters. Raises FinetuneError for those that do not fit."""
+    from finetune.errors import FinetuneError
+    from finetune.families import base as families
+    from finetune.formats import base as formats
+
+    found = {}
+    for (artifact, strength), (path, _) in zip(loaded, adapters):
+        if artifact.kind == "embedding":
+            if strength != 1:
+                raise FinetuneError(f"--adapter {path}:{strength:g}: a learned token has no strength; prompts name it or not")
+            if misfits := families.misfits(family.parts, artifact):
+                raise FinetuneError(f"--adapter {path}: {'; '.join(misfits)}")
+            found[formats.token(path)] = formats.rows(artifact)
+    return found
 
 
 def read_prompts(args) -> list[str]:

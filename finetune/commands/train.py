@@ -1,7 +1,6 @@
 """Train what a recipe says; the same command again continues a stopped run."""
 
 import json
-import os
 from pathlib import Path
 
 
@@ -38,7 +37,7 @@ def _train(loaded, args, folder) -> int:
 
     from finetune.recipe import dump
     from finetune.runfolder import write_json, write_text
-    from finetune.train import export, loop, setup, verify
+    from finetune.train import export, loop, reconstruction, setup, verify
 
     recipe = loaded.recipe
     accelerator = setup.accelerate(recipe)
@@ -69,10 +68,14 @@ def _train(loaded, args, folder) -> int:
         return 128 + e.number
     if main:
         with run.ema.swapped() if run.ema else nullcontext():
-            paths = export.write(run.method.export(export.metadata(run)), folder, recipe.export, run.family.spec)
+            paths = export.write(run.method.export(export.metadata(run)), folder, recipe.export, run.family)
             proof = export.prove(run, paths)
+            measured = reconstruction.measure(run) if run.method.objective == "decode" else None
         for path in paths:
-            say(f"adapter   {path} ({os.path.getsize(path) / 1000:,.0f} KB)\n{verify.table(proof[path.name])}")
+            size = sum(p.stat().st_size for p in [path, *path.rglob("*")])
+            say(f"adapter   {path} ({size / 1000:,.0f} KB)\n{verify.table(proof[path.name])}")
+        if measured:
+            say(reconstruction.table(measured))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0

@@ -137,7 +137,7 @@ class Rows:
     def __init__(self, cache: Cache, kind: str, keys: Iterable[str], make: Callable[[int], Entry]):
         self.cache, self.kind, self.make, self.lock = cache, kind, make, threading.Lock()
         self.keys, self.first, self.which = np.unique(
-            np.array(list(keys), ROW["key"]), return_index=True, return_inverse=True)
+            np.fromiter(keys, ROW["key"]), return_index=True, return_inverse=True)
         self.places = cache.find(kind, self.keys)
 
     def missing(self) -> list[int]:

@@ -8,7 +8,7 @@ others as they were.
 import re
 from bisect import bisect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from string import Formatter
 
@@ -51,6 +51,7 @@ class Captions:
     tags: Tags | None = None
     wildcards: bool = False                     # `{a|b}`, in templates and columns, is one of the two
     dropout: float = 0.0                        # share of draws whose caption is empty, for classifier-free guidance
+    stands: Mapping[str, Mapping[str, str]] = field(default_factory=dict)      # column -> value -> the word for it
 
     def __post_init__(self):
         self.columns()
@@ -92,6 +93,7 @@ class Captions:
         return [name for name in dict.fromkeys(fields(template, self.wildcards)) if not columns.get(name, "").strip()]
 
     def _made(self, template: str, columns: Mapping[str, str], seed: int, position: int) -> str:
+        columns = {name: self.stands.get(name, {}).get(value.strip(), value) for name, value in columns.items()}
         if self.wildcards:
             # The template's own and each column's are drawn apart: a brace of a column never closes another's.
             generator = noise.generator(seed, position, "wildcards")

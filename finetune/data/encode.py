@@ -5,7 +5,6 @@ settings that weights do not show, its kind of device."""
 
 import hashlib
 import os
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
@@ -129,10 +128,11 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable, items: list[int], depth: in
 
 def keys(index: Index, sizes: np.ndarray, view: View, encoder: str) -> Iterator[str]:
     shared = key(PIXELS, encoder, astuple(view.reading), view.mask, view.unmasked if view.mask else None).encode()
-    for digest, mask, size in zip(index.digest, index.mask_digest, sizes.tolist()):
+    rows = np.concatenate([index.digest, index.mask_digest, sizes.astype("<u4").view(np.uint8)], 1)
+    what, length = rows.tobytes(), rows.shape[1]
+    for start in range(0, len(what), length):
         for flip in range(1 + view.flip):
-            what = digest.tobytes() + mask.tobytes() + struct.pack("<III", *size, flip)
-            yield hashlib.blake2b(what, digest_size=16, key=shared).hexdigest()
+            yield hashlib.blake2b(what[start:start + length] + bytes([flip]), digest_size=16, key=shared).hexdigest()
 
 
 def whole(index: Index, number: int) -> None:

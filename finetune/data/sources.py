@@ -28,8 +28,8 @@ class Source:
     streaming: bool = False
 
 
-def locate(source: Source) -> "Folder | Shards | Saved":
-    """The place that a source names. Raises FinetuneError when there is none."""
+def locate(source: Source):
+    """The place that a source names: a Folder, Shards or a Saved table. Raises FinetuneError when there is none."""
     path = os.path.expanduser(source.path)
     if COMPRESSED.search(path):
         raise FinetuneError(f"{path} is compressed, so its pictures cannot be read one by one; unpack it to a plain .tar")

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import os
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from finetune import tokens
 from finetune.artifact import WHOLE, Artifact, modules, read_tensors, write_safetensors
 from finetune.change import change, misfit
 from finetune.errors import FinetuneError
@@ -155,15 +158,25 @@ def weight(parts: dict[str, nn.Module], part: str, path: str, role: str = "weigh
     return None
 
 
+def touched(parts: dict[str, nn.Module], artifact: Artifact):
+    """(module, what it changes there, how): the roles of a change, or the tensor that the weight becomes."""
+    for (part, path), module in modules(artifact.tensors).items():
+        if artifact.kind in WHOLE:
+            yield from ((f"{part}.{path}", weight(parts, part, path, role), tensor) for role, tensor in module.items())
+        else:
+            yield f"{part}.{path}", weight(parts, part, path), module
+
+
 def misfits(parts: dict[str, nn.Module], artifact: Artifact) -> list[str]:
     """The modules of an adapter that these parts do not have, or have in another shape."""
+    if artifact.kind == "embedding":
+        return tokens.misfits(parts, {name.partition(".")[0]: t for name, t in artifact.tensors.items()})
     found = []
-    for (part, path), module in modules(artifact.tensors).items():
-        for role in module if artifact.kind in WHOLE else ["weight"]:
-            p = weight(parts, part, path, role)
-            if why := "the base has no such module" if p is None else misfit(module, p) if artifact.kind not in WHOLE else \
-                    "" if p.shape == (own := module[role].shape) else f"shape {tuple(own)}, but the base has {tuple(p.shape)}":
-                found.append(f"{part}.{path}: {why}")
+    for stem, p, how in touched(parts, artifact):
+        if p is None:
+            found.append(f"{stem}: the base has no such module")
+        elif why := misfit({"diff": how} if isinstance(how, Tensor) else how, p):
+            found.append(f"{stem}: {why}")
     return found
 
 
@@ -173,6 +186,8 @@ def merge(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]) -
 
     What depends on the weight, as in a DoRA, is made from the weight as it was before, so that the order of the adapters
     does not matter. Returns what the weights were. Raises FinetuneError, with nothing changed, when one does not fit."""
+    if any(artifact.kind == "embedding" for artifact, _ in adapters):
+        raise FinetuneError("a learned token cannot be merged into weights: it stays a file of its own beside the model")
     wrong = [misfit for artifact, _ in adapters for misfit in misfits(parts, artifact)]
     if wrong:
         count = len({key for artifact, _ in adapters for key in modules(artifact.tensors)})
@@ -180,10 +195,13 @@ def merge(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]) -
     before: dict[nn.Parameter, Tensor] = {}
     sums: dict[nn.Parameter, Tensor] = {}
     for artifact, strength in adapters:
-        for (part, path), module in modules(artifact.tensors).items():
-            p = weight(parts, part, path)
+        for _, p, how in touched(parts, artifact):
             before.setdefault(p, p.detach().clone())
-            sums[p] = sums.get(p, p.float()) + strength * change(module, p)
+            sums.setdefault(p, p.float())
+            if isinstance(how, Tensor):     # at 1 exactly that, since p − p is 0
+                sums[p] = sums[p] - p.float() + torch.lerp(p.float(), how.to(p.device).float().reshape(p.shape), strength)
+            else:
+                sums[p] = sums[p] + strength * change(how, p)
     for p, value in sums.items():
         p.copy_(value)
     return list(before.items())
@@ -199,6 +217,20 @@ def merged(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]):
         with torch.no_grad():
             for p, value in before:
                 p.copy_(value)
+
+
+def write(family, path: Path, dtype: torch.dtype) -> None:
+    """The family as a diffusers folder, all or nothing, in place of an older one. FinetuneError when the disk refuses."""
+    staging = path.with_name(f".{path.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        family.save(staging, dtype)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(staging, path)
+    except (OSError, SafetensorError) as e:
+        raise FinetuneError(f"{path}: cannot be written: {e}; nothing is left behind") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish_text_encoder(folder: Path) -> None:

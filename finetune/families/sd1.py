@@ -14,6 +14,7 @@ from finetune.batch import Conditioning, joined
 from finetune.diffusion.path import PREDICTIONS, Path, ddpm
 from finetune.errors import FinetuneError
 from finetune.families.base import FamilySpec, Source, check_family, locate, publish_text_encoder
+from finetune.tokens import Learned
 
 CROSS = ("*.attn2.to_q", "*.attn2.to_k", "*.attn2.to_v", "*.attn2.to_out.0")
 SELF = ("*.attn1.to_q", "*.attn1.to_k", "*.attn1.to_v", "*.attn1.to_out.0")
@@ -46,6 +47,7 @@ class SD1:
 
     spec = SPEC
     long: Literal["error", "truncate", "chunk"] = "error"      # what becomes of a caption that the text encoder cannot take
+    learned: Learned | None = None                              # the tokens that were added to the tokenizer's own
 
     def __init__(self, source: Source, parts: dict[str, nn.Module], tokenizer, scheduler):
         self.source, self.parts, self.tokenizer, self.scheduler = source, parts, tokenizer, scheduler
@@ -78,6 +80,7 @@ class SD1:
     def pieces(self, caption: str) -> tuple[list[list[int]], list[int]]:
         """The caption's tokens in pieces that the text encoder can take, and those that would be lost unordered."""
         ids = self.tokenizer(caption, add_special_tokens=False, verbose=False).input_ids
+        ids = self.learned.spelled(ids) if self.learned else ids
         room = self.tokenizer.model_max_length - 2
         pieces = [ids[first:first + room] for first in range(0, len(ids), room)] or [[]]
         most = PIECES if self.long == "chunk" else 1

@@ -21,6 +21,7 @@ from finetune.artifact import (
 )
 from finetune.errors import FinetuneError
 from finetune.formats._modules import kind_of, settle
+from finetune.formats._tokens import is_bare, is_named, rows, shapes, token
 
 if TYPE_CHECKING:  # both cost an import of torch
     from torch import Tensor
@@ -37,10 +38,11 @@ def load(path: str | Path, spec: FamilySpec) -> Artifact:
         facts = identify(header)
         if facts["family"] not in (None, spec.name):
             raise FinetuneError(f"is for {facts['family']}, and the base is {spec.name}: their layers differ")
+        said = header.metadata if facts["kind"] != "embedding" else {"ss_output_name": token(path)} | header.metadata
         for name in registry.names("formats"):
             module = registry.find("formats", name)
             if module.reads(header):
-                return module.decode(read_tensors(path), header.metadata, spec)
+                return module.decode(read_tensors(path), said, spec)
         raise FinetuneError(
             f"no format reads it: kind {facts['kind'] or 'unknown'}, keys {_some(list(header.tensors))}\n"
             f"    formats: {', '.join(registry.names('formats'))}; `finetune inspect` says more about it"
@@ -94,6 +96,16 @@ def gather(
         result |= {f"{stem}.{role}": tensor for role, tensor in settled.items()}
     kept = {key: value for key, value in metadata.items() if key != DIFFUSERS_METADATA}
     return Artifact(kind_of(result), spec.name, fold_alpha(result), kept)
+
+
+def whole_vae(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
+    """The artifact of a VAE's weights in the names of diffusers."""
+    return Artifact("vae", spec.name, {f"vae.{name}": t for name, t in tensors.items()}, dict(metadata))
+
+
+def bare_vae(artifact: Artifact) -> dict[str, Tensor]:
+    """Its weights in the names of diffusers."""
+    return {name.removeprefix("vae."): t for name, t in artifact.tensors.items()}
 
 
 def common_metadata(artifact: Artifact) -> dict[str, str]:
@@ -174,6 +186,8 @@ def identify(header: Header) -> dict:
         ((kind, form) for pattern, kind, form in _KINDS if any(re.search(pattern, name) for name in names)),
         (None, None),
     )
+    if kind is None and is_named(shapes(header)):
+        kind, format_name = "embedding", "diffusers"
     readers = (name for name in registry.names("formats") if registry.find("formats", name).reads(header))
     format_name = next(readers, format_name)
     ones = {name: found for name in names if (found := _ONE.search(name))}
@@ -200,8 +214,10 @@ def _family(header: Header) -> str | None:
     known = next((family for start, family in _FAMILY_OF_VERSION.items() if version.startswith(start)), None)
     keys = [name for name in header.tensors if re.search(r"attn2[._]to_k[._]", name)]
     wide = [key for key in keys if (found := _ONE.search(key)) and found[1] or key.endswith(("to_k.weight", "to_k.diff"))]
-    shapes = [header.tensors[key][1] for key in wide]
-    return known or next(filter(None, (_FAMILY_OF_WIDTH.get(shape[-1]) for shape in shapes if shape)), None)
+    found = [header.tensors[key][1] for key in wide]
+    if is_bare(header.tensors) or is_named(shapes(header)):
+        found = [(2048,)] if "clip_g" in header.tensors else [*shapes(header).values()]
+    return known or next(filter(None, (_FAMILY_OF_WIDTH.get(shape[-1]) for shape in found if shape)), None)
 
 
 def _alphas(header: Header) -> list[int | float]:

@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from finetune.artifact import Artifact, Header, fold_alpha, modules, published
+from finetune.formats import _tokens
+from finetune.formats._vae import is_vae
 from finetune.formats.base import (
-    DIFFUSERS_METADATA, Place, common_metadata, gather, number, peft_configs, rank_and_alpha,
+    DIFFUSERS_METADATA, Place, bare_vae, common_metadata, gather, number, peft_configs, rank_and_alpha, whole_vae,
 )
 
 if TYPE_CHECKING:  # both cost an import of torch
@@ -18,7 +20,8 @@ if TYPE_CHECKING:  # both cost an import of torch
 
     from finetune.families.base import FamilySpec
 
-KINDS = ("lora",)      # its loader refuses LoHa, LoKr, OFT and differences, and drops a dora_scale
+# Its loader refuses LoHa, LoKr, OFT and differences, and drops a dora_scale; `full` is a folder, see train/export.py.
+KINDS = ("lora", "vae", "full", "embedding")
 WRITTEN = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"}
 # The first is what we write; diffusers' own scripts also write the others.
 SUFFIXES = {
@@ -28,13 +31,18 @@ SUFFIXES = {
 
 
 def reads(header: Header) -> bool:
-    """True for a header with diffusers' LoRA names."""
+    """True for a header with diffusers' names, of a LoRA or a VAE, or a token under its name."""
     start = re.compile(r"(unet|transformer|text_encoder(_\d)?)\.")
-    return any(start.match(name) and name.endswith(tuple(SUFFIXES)) for name in header.tensors)
+    lora = any(start.match(name) and name.endswith(tuple(SUFFIXES)) for name in header.tensors)
+    return lora or is_vae(header.tensors, ldm=False) or _tokens.is_named(_tokens.shapes(header))
 
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
     """Scales come from `lora_adapter_metadata`; without it they are 1. FinetuneError as in `gather`."""
+    if is_vae(tensors, ldm=False):
+        return whole_vae(tensors, metadata, spec)
+    if _tokens.is_named({name: t.shape for name, t in tensors.items()}):
+        return _tokens.decode(tensors, metadata, spec)
     parts = {component: part for part, component in spec.components.items()}
     configs = peft_configs(metadata)
 
@@ -58,6 +66,11 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: Fam
 
 def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata): the alpha goes into `lora_adapter_metadata`, where diffusers looks for it."""
+    assert artifact.kind != "full", "a whole model is saved by its family"
+    if artifact.kind == "vae":
+        return bare_vae(artifact), common_metadata(artifact)
+    if artifact.kind == "embedding":
+        return _tokens.encode(artifact, spec, named=True), common_metadata(artifact)
     folded = fold_alpha(artifact.tensors)
     rank, alpha = rank_and_alpha(folded)
     tensors: dict[str, Tensor] = {}

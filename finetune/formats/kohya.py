@@ -7,16 +7,18 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from finetune.artifact import Artifact, Header, fold_alpha, modules, published
+from finetune.formats import _tokens
 from finetune.formats._modules import KINDS as _KINDS
 from finetune.formats._modules import ROLES
-from finetune.formats.base import Place, common_metadata, gather, number, rank_and_alpha
+from finetune.formats._vae import from_ldm, is_vae, to_ldm
+from finetune.formats.base import Place, bare_vae, common_metadata, gather, number, rank_and_alpha, whole_vae
 
 if TYPE_CHECKING:  # both cost an import of torch
     from torch import Tensor
 
     from finetune.families.base import FamilySpec
 
-KINDS = tuple(_KINDS.values())
+KINDS = (*_KINDS.values(), "vae", "embedding")
 # What sd-scripts and LyCORIS write behind a module's name, and the role that it is here.
 SUFFIXES = {role: role for role in ROLES} | {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B",
                                              "lora_mid.weight": "lora_mid"}
@@ -35,13 +37,18 @@ SEGMENT = rf"(?:{'|'.join(sorted(SEGMENTS, key=len, reverse=True))}|\d+)(?=_|$)"
 
 
 def reads(header: Header) -> bool:
-    """True for a header with the names of sd-scripts or LyCORIS."""
+    """True for a header with the names of sd-scripts or LyCORIS, a VAE's in the way of LDM, or a token without its name."""
     found = (re.fullmatch(r"lora_(?:unet|te\d?)_[^.]*\.(.*)", name) for name in header.tensors)
-    return any(name and name[1] in SUFFIXES for name in found)
+    return any(name and name[1] in SUFFIXES for name in found) or is_vae(header.tensors, ldm=True) or \
+        _tokens.is_bare(header.tensors)
 
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
     """Alphas that differ are folded into lora_B; no alpha means scale 1. FinetuneError as in `gather`."""
+    if is_vae(tensors, ldm=True):
+        return whole_vae(from_ldm(tensors), metadata, spec)
+    if _tokens.is_bare(tensors):
+        return _tokens.decode(tensors, metadata, spec)
     # Some trainers use SDXL's prefix for the one text encoder of SD 1.
     prefixes = {prefix: part for part, prefix in spec.kohya.items()} | {"lora_te1": "text"}
 
@@ -58,6 +65,13 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: Fam
 
 def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) as sd-scripts and LyCORIS write them, always with alphas, and the same for every run."""
+    if artifact.kind == "vae":
+        said = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{spec.architecture}/vae"}
+        return to_ldm(bare_vae(artifact)), common_metadata(artifact) | said
+    if artifact.kind == "embedding":
+        said = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{spec.architecture}/textual-inversion",
+                "ss_base_model_version": spec.base_version}
+        return _tokens.encode(artifact, spec, named=False), common_metadata(artifact) | said
     folded = fold_alpha(artifact.tensors)
     tensors = {}
     for (part, path), module in modules(folded).items():

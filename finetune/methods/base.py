@@ -33,7 +33,8 @@ class Method(Protocol):
         """Put `parameters()` back, bit for bit. Raises FinetuneError when names or shapes do not fit."""
 
     def start_from(self, artifact: Artifact) -> None:
-        """Begin where the artifact is, not at the base. Raises FinetuneError when it does not fit."""
+        """Begin where the artifact is, not at the base: of methods that have this word. Raises FinetuneError when it does
+        not fit."""
 
     def at(self, strength: float):
         """A context in which what is trained counts `strength` times, as a user of the file would have it; at 0 the

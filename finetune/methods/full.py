@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from finetune.artifact import Artifact, modules, published
+from finetune.artifact import Artifact, fold_alpha, modules, published
 from finetune.errors import FinetuneError
 from finetune.methods._targets import ADAPTED, Part, resolve
 from finetune.methods._weights import Weights
@@ -70,8 +70,9 @@ class Full:
         if self.extract_rank:
             lora, rest = extracted(found[""].tensors, self.weights.base, self.layers, self.extract_rank)
             name = f"{metadata.get('ss_output_name', self.kind)}.lora"
-            found[name] = Artifact("lora", self.family, lora, metadata | {
-                "ss_output_name": name, "modelspec.title": name, "finetune.extracted": f"rank {self.extract_rank}, relative rest {rest:.4f}"})
+            found[name] = Artifact("lora", self.family, fold_alpha(lora), metadata | {
+                "ss_output_name": name, "modelspec.title": name,
+                "finetune.extracted": f"rank {self.extract_rank}; {rest:.1%} of the change is left out"})
         return found
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -81,9 +82,10 @@ class Full:
         return self.weights.at(strength)
 
 
-def extracted(tensors: dict[str, Tensor], base: dict[str, Tensor], layers: list[str], rank: int) -> tuple[dict[str, Tensor], float]:
-    """The nearest LoRA of this rank in each layer, by the singular values of what changed (Eckart & Young 1936), and the share
-    of the whole change that it lacks, biases and norms too: ‖change − LoRA‖ / ‖change‖ by Frobenius."""
+def extracted(tensors: dict[str, Tensor], base: dict[str, Tensor], layers: list[str],
+              rank: int) -> tuple[dict[str, Tensor], float]:
+    """The nearest LoRA of this rank in each layer, by the singular values of what changed (Eckart & Young 1936), and the
+    share of the whole change that it lacks, biases and norms too: ‖change − LoRA‖ / ‖change‖ by Frobenius."""
     lora, rest, whole = {}, 0.0, 0.0
     for (part, path), roles in modules(tensors).items():
         stem = f"{part}.{path}"

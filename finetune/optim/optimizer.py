@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from finetune.errors import FinetuneError
 
 Betas = tuple[float, float]
-RECIPE = ("params", "lr", "peak_lr", "until")       # of a group: what the run gives at every start, and no checkpoint
+RECIPE = ("params", "lr", "peak_lr", "until", "now")       # of a group: what the run gives at every start, and no checkpoint
 
 
 def adamw(groups: list[dict], betas: Betas, weight_decay: float) -> Optimizer:

@@ -124,6 +124,8 @@ class Prior(BaseModel):
     """A folder of class pictures; null: all are made by the base."""
     prompt: Text
     """The caption of every class picture, and what the base makes the missing ones from."""
+    template: Text | None = None
+    """Captions of class pictures that have their own, such as `"{text}"`; null is the prompt for all."""
     count: Positive = 200
     """How many there have to be; what is missing is made by the base and kept."""
     weight: Rate = 1.0

@@ -1,8 +1,9 @@
 """A problem that pydantic found → what the user wrote, what was wanted, and the nearest right word."""
 
 import inspect
+from collections.abc import Sequence
 from types import NoneType
-from typing import get_args
+from typing import get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -31,25 +32,41 @@ WANTED = {
 def explain(error: dict) -> str:
     """What is wrong, and in an indented second line what would be right."""
     keys, kind, given, context = error["loc"], error["type"], error["input"], error.get("ctx", {})
+    field, models = _at(keys[:-1] if kind == "extra_forbidden" else keys)
     if kind == "extra_forbidden":
-        siblings = list(_model(keys[:-1]).model_fields)
-        name = str(keys[-1])
-        elsewhere = [key for key in _all_keys(Recipe) if key.rpartition(".")[2] == name]
+        siblings = list(models[0].model_fields)
+        name, here = str(keys[-1]), ".".join(key for key in written(error) if not key.isdecimal())
+        elsewhere = [key for key in _all_keys(Recipe) if key.rpartition(".")[2] == name and key != here]
         return f"unknown key{nearest(name, siblings, elsewhere)}\n    keys here: {', '.join(siblings)}"
     if kind == "value_error":
         return str(context["error"])
-    meaning = f"\n    {_field(keys).description}"
+    if kind == "union_tag_not_found":
+        return f"missing\n    {models[0].model_fields['kind'].description}"
+    if kind == "union_tag_invalid":
+        kinds = (word for model in models for word in _words(model.model_fields["kind"].annotation))
+        return _unknown("kind", given["kind"], sorted(kinds))
+    meaning = f"\n    {field.description}"
     if kind == "missing":
         return f"missing{meaning}"
-    if kind == "model_type" or kind == "tuple_type" and _inner(_field(keys).annotation):
+    if kind in ("model_type", "model_attributes_type") or kind == "tuple_type" and models:
         several = " or a list of such" if kind == "tuple_type" else ""
-        return f"wants a mapping of {', '.join(_model(keys).model_fields)}{several}; given {_shown(given)}"
+        return f"wants a mapping of {', '.join(models[0].model_fields)}{several}; given {_shown(given)}"
     if kind == "literal_error":
-        words = _words(_field(keys).annotation)
-        near = nearest(given, words) if isinstance(given, str) else ""
-        return f"unknown {keys[-1]} {_shown(given)}{near}\n    one of: {', '.join(words)}"
+        return _unknown(keys[-1], given, _words(field.annotation))
     wanted = WANTED[kind].format(**context) if kind in WANTED else error["msg"]
     return f"wants {wanted}; given {_shown(given)}{meaning}"
+
+
+def written(error: dict) -> tuple[str, ...]:
+    """The key as the user writes it. Where a value may be one of several models, pydantic names the one that it took."""
+    keys = tuple(str(key) for i, key in enumerate(error["loc"])
+                 if not (isinstance(key, str) and i and len(_at(error["loc"][:i])[1]) > 1))
+    return keys + ("kind",) if error["type"].startswith("union_tag") else keys
+
+
+def _unknown(name: str, given: object, words: Sequence[str]) -> str:
+    near = nearest(given, words) if isinstance(given, str) else ""
+    return f"unknown {name} {_shown(given)}{near}\n    one of: {', '.join(words)}"
 
 
 def _shown(value: object) -> str:
@@ -61,31 +78,25 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _field(keys: tuple[str | int, ...]) -> FieldInfo:
-    """The field that holds a value, or the list or mapping that holds it."""
-    model = Recipe
-    for name in (key for key in keys if isinstance(key, str)):
-        if model is None:       # a word of the user's, in a mapping
-            break
-        field = model.model_fields[name]
-        model = _inner(field.annotation)
-    return field
+def _at(keys: tuple[str | int, ...]) -> tuple[FieldInfo | None, list[type[BaseModel]]]:
+    """The field that holds a value, or the list or mapping that holds it; and the models that the value may be."""
+    field, models, mapping = None, [Recipe], False
+    for key in (key for key in keys if isinstance(key, str)):
+        if mapping:                 # a word of the user's
+            mapping = False
+        elif len(models) > 1:       # pydantic's, for the one that it took
+            models = [model for model in models if key in _words(model.model_fields["kind"].annotation)]
+        elif models:
+            field = models[0].model_fields[key]
+            models, mapping = _models(field.annotation), get_origin(field.annotation) is dict
+    return field, models
 
 
-def _model(keys: tuple[str | int, ...]) -> type[BaseModel]:
-    """The model at a key of the recipe."""
-    model = Recipe
-    for key in keys:
-        if isinstance(key, str):
-            model = _inner(model.model_fields[key].annotation)
-    return model
-
-
-def _inner(annotation) -> type[BaseModel] | None:
-    """The model inside `Model`, `Model | None` or `tuple[Model, ...]`."""
+def _models(annotation) -> list[type[BaseModel]]:
+    """The models inside `Model`, `Model | None`, `tuple[A | B, ...]` or `dict[str, Model]`."""
     if arguments := get_args(annotation):
-        return next(filter(None, map(_inner, arguments)), None)
-    return annotation if inspect.isclass(annotation) and issubclass(annotation, BaseModel) else None
+        return [model for argument in arguments for model in _models(argument)]
+    return [annotation] if inspect.isclass(annotation) and issubclass(annotation, BaseModel) else []
 
 
 def _words(annotation) -> tuple[str, ...]:
@@ -96,8 +107,8 @@ def _words(annotation) -> tuple[str, ...]:
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key of the recipe, for a key that was written in the wrong place."""
-    keys = []
+    keys = {}
     for name, field in model.model_fields.items():
-        inner = _inner(field.annotation)
-        keys += [prefix + name] + (_all_keys(inner, f"{prefix}{name}.") if inner else [])
-    return keys
+        keys |= dict.fromkeys([prefix + name, *(key for inner in _models(field.annotation)
+                                                for key in _all_keys(inner, f"{prefix}{name}."))])
+    return list(keys)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from finetune.errors import FinetuneError, nearest, refuse
 from finetune.recipe.document import Document, Key, NotYaml, parse
-from finetune.recipe.explain import explain
+from finetune.recipe.explain import explain, written
 from finetune.recipe.schema import Recipe
 
 AFTER_THE_FILE = sys.maxsize        # problems of overrides are told after those of the file
@@ -52,7 +52,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
         recipe = Recipe.model_validate(draft.tree)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            key = tuple(map(str, problem["loc"]))
+            key = written(problem)
             told = problem["type"] == "missing" and any(key[:depth] in draft.noted for depth in range(1, len(key)))
             if problem["type"] != "default_factory_not_called" and not told:    # these only say that another is wrong
                 draft.note(key, explain(problem))

@@ -1,6 +1,5 @@
 """The words of the methods; schema.py has the others."""
 
-import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
@@ -15,7 +14,6 @@ OWN = {     # what only some variants have, and its value where they have it
     "max_norm": (("lora", "rslora", "loha", "lokr"), None)}
 
 
-NAME = re.compile(r"(?!_)\w[\w-]{0,99}")
 
 
 class TextLora(BaseModel):
@@ -103,12 +101,9 @@ def _per_value(tokens):
         if isinstance(tokens, dict) else tokens
 
 
-def _named(tokens: dict) -> dict:
+def _some_token(tokens: dict) -> dict:
     if not tokens:
         raise ValueError("wants at least one token")
-    for name in tokens:
-        if not NAME.fullmatch(name) or name != name.lower():
-            raise ValueError(f"{name!r}: a token is made of small letters, digits, - and _, and is the name of its file")
     return tokens
 
 
@@ -138,10 +133,54 @@ class Embedding(BaseModel):
 
     kind: Literal["embedding"]
     """The method."""
-    tokens: Annotated[dict[Text, Token], BeforeValidator(_per_value), AfterValidator(_named)]
-    """What is learned, such as `{sks-dog: {init: dog}}` for a word that captions name, or `{colour: per_value}` for a word for
-    each value of the column `colour`. Each becomes a file of its name."""
+    tokens: Annotated[dict[Text, Token], BeforeValidator(_per_value), AfterValidator(_some_token)]
+    """What is learned, such as `{sks-dog: {init: dog}}` for a word that captions name, or `{colour: per_value}` for a word
+    for each value of the column `colour`. Each becomes a file of its name."""
     learning_rate: Rate | None = None
     """The method's own learning rate, often 5e-4 to 5e-3; null is `train.learning_rate`."""
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the run after which it stays as it is."""
+
+
+class TextFull(BaseModel):
+    """The text encoders' own weights; their tokens stay."""
+
+    model_config = STRICT
+
+    learning_rate: Rate | None = None
+    """Their own learning rate; null is the method's."""
+
+
+class Full(BaseModel):
+    """The weights of the denoiser themselves. What comes out is a whole model, a diffusers folder."""
+
+    model_config = STRICT
+
+    kind: Literal["full"]
+    """The method."""
+    targets: Some[Text] | None = None
+    """Layers that are trained: groups or patterns as for a lora, such as `["*.attn2.to_k", "*.attn2.to_v"]`; null is all of
+    the denoiser."""
+    learning_rate: Rate | None = None
+    """The method's own learning rate, often 1e-6 to 1e-5 for a large base; null is `train.learning_rate`."""
+    text: TextFull | None = None
+    """Also train the text encoders, such as `{learning_rate: 1e-6}` or `{}`; null leaves them alone."""
+    extract_rank: Positive | None = None
+    """Also write what changed as a LoRA of this rank, NAME.lora.safetensors; null does not."""
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the run after which it stays as it is."""
+
+
+class VaeDecoder(BaseModel):
+    """The decoder of the VAE, for sharper pictures from the same latents; captions are not needed."""
+
+    model_config = STRICT
+
+    kind: Literal["vae_decoder"]
+    """The method."""
+    encoder: bool = False
+    """true trains the encoder too: latents change, so the denoiser no longer knows them."""
+    learning_rate: Rate | None = None
+    """The method's own learning rate; null is `train.learning_rate`."""
     until: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the run after which it stays as it is."""

@@ -6,6 +6,8 @@ from pydantic import BaseModel, Field, ValidationInfo, field_validator
 
 from finetune.recipe.words import NAMED, STRICT, Fraction, Positive, Rate, registered
 
+Part = Annotated[float, Field(ge=0)]
+
 
 class Kind(BaseModel):
     """A word and what belongs to it alone; the rest must be left out."""
@@ -143,28 +145,45 @@ class Loss(Kind):
     """Of huber: constant, or snr, where c rises to 1 on clean pictures. constant if left out."""
 
 
-class Objective(BaseModel):
+class Objective(Kind):
     """The loss."""
 
-    model_config = STRICT
+    own = {"denoise": {"path": None, "timesteps": Timesteps(), "weighting": Weighting(), "noise": Noise(), "loss": Loss()},
+           "decode": {"pixels": "l1", "ssim": 0.0, "gradient": 0.0, "lpips": 0.0, "sample": True, "kl": 1e-6,
+                      "commitment": 1.0}}
 
     kind: Annotated[str, registered("objectives")] = "denoise"
-    """The objective."""
+    """denoise teaches the denoiser to find the noise; decode, of the method vae_decoder, the decoder to draw the picture."""
     path: Annotated[Path | None, NAMED] = None
     """Another noising process than the base's own, such as `{kind: rf, shift: 3.0}`, to train another model from it."""
-    timesteps: Annotated[Timesteps, NAMED] = Timesteps()
+    timesteps: Annotated[Timesteps | None, NAMED] = None
     """How often each noise level is drawn; `cosmap` alone stands for `{kind: cosmap}`."""
-    weighting: Annotated[Weighting, NAMED] = Weighting()
+    weighting: Annotated[Weighting | None, NAMED] = None
     """How much each noise level counts; `min_snr` alone stands for `{kind: min_snr}`."""
-    noise: Noise = Noise()
+    noise: Noise | None = None
     """What is added to the white noise, such as `{offset: 0.05}`."""
-    loss: Annotated[Loss, NAMED] = Loss()
+    loss: Annotated[Loss | None, NAMED] = None
     """What an error costs; `l1` alone stands for `{kind: l1}`."""
+    pixels: Literal["l1", "l2"] | None = None
+    """Of decode: what an error of a pixel costs, l1 if left out; l2 gains more PSNR, l1 is sharper."""
+    ssim: Part | None = None
+    """Of decode: weight of 1 − SSIM, the similarity of small windows, such as 0.5; 0 if left out."""
+    gradient: Part | None = None
+    """Of decode: weight of the error between neighbouring pixels, which sharpens edges, such as 1; 0 if left out."""
+    lpips: Part | None = None
+    """Of decode: weight of LPIPS, a distance as eyes see it, such as 0.1; 0 if left out. Needs the package lpips, which
+    fetches its network at the first use."""
+    sample: bool | None = None
+    """Of decode: draw the latent from the posterior, as in the VAE's own training; false takes its mean. true if left out."""
+    kl: Part | None = None
+    """Of decode with a trained encoder: weight of the KL term, as LDM counts it, 1e-6 if left out."""
+    commitment: Part | None = None
+    """Of decode with a trained encoder and a codebook (VQ): weight of the distance to it, 1 if left out."""
 
     @field_validator("timesteps")
     @classmethod
-    def _over_sigma(cls, timesteps: Timesteps, info: ValidationInfo) -> Timesteps:
+    def _over_sigma(cls, timesteps: Timesteps | None, info: ValidationInfo) -> Timesteps | None:
         path = info.data.get("path")
-        if timesteps.kind == "log_normal" and (path is None or path.kind != "edm"):
+        if timesteps and timesteps.kind == "log_normal" and (path is None or path.kind != "edm"):
             raise ValueError("log_normal is a law of σ, which the path edm has; take logit_normal")
         return timesteps

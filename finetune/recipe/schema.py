@@ -9,12 +9,17 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
 
 from finetune.recipe.data import Data
-from finetune.recipe.method import Embedding, Lora
+from finetune.recipe.method import Embedding, Full, Lora, VaeDecoder
 from finetune.recipe.objective import Objective
 from finetune.recipe.train import Train
 from finetune.recipe.words import STRICT, Many, Positive, Seed, Some, Text, different, list_of, registered
 
-Method = Annotated[Embedding | Lora, Field(discriminator="kind")]
+Method = Annotated[Lora | Embedding | Full | VaeDecoder, Field(discriminator="kind")]
+
+
+def _kinds(known: dict) -> set[str]:
+    """The methods of a recipe that is being checked."""
+    return {method.kind for method in known.get("method", ())}
 
 
 def _listed(value):
@@ -92,23 +97,33 @@ class Recipe(BaseModel):
     """The pictures and captions that are learned from."""
     method: Annotated[Some[Method], BeforeValidator(_listed)]
     """What is trained: one method or a list of them."""
-    objective: Objective = Objective()
-    """The loss."""
-    train: Train = Train()
-    """How long, how fast and with what."""
+    objective: Objective = Field(default_factory=dict, validate_default=True)
+    """The loss; its kind, if left out, is what the method is trained by."""
+    train: Train = Field(default_factory=dict, validate_default=True)
+    """How long, how fast and with what; the optimizer, if left out, is adamw8bit for the method full."""
     preview: Preview = Preview()
     """The pictures that are sampled on the way."""
     every: Every = Every()
     """How often something is done beside training."""
-    export: Annotated[Some[Annotated[str, registered("formats")]],
-                      AfterValidator(different)] = ("kohya",)
-    """Formats that the result is written in, such as [kohya, diffusers]."""
+    export: Annotated[Some[Annotated[str, registered("formats")]], AfterValidator(different)] = Field(
+        default_factory=lambda known: ("diffusers",) if "full" in _kinds(known) else ("kohya",))
+    """Formats that the result is written in, such as [kohya, diffusers]. Left out it is kohya, which most tools read; for
+    the method full, whose result is a diffusers folder, diffusers."""
 
     @field_validator("method")
     @classmethod
     def _each_kind_once(cls, methods: tuple[Method, ...]) -> tuple[Method, ...]:
         different(tuple(method.kind for method in methods))
         return methods
+
+    @field_validator("objective", "train", mode="before")
+    @classmethod
+    def _of_the_method(cls, words: object, info: ValidationInfo) -> object:
+        """What is left out and follows from the method."""
+        kinds = _kinds(info.data)
+        follows = {"objective": {"kind": "decode"} if "vae_decoder" in kinds else {},
+                   "train": {"optimizer": "adamw8bit"} if "full" in kinds else {}}[info.field_name]
+        return follows | words if isinstance(words, dict) else words
 
     @field_validator("every")
     @classmethod

@@ -6,22 +6,29 @@ from pathlib import Path
 import torch
 
 from finetune import __version__
-from finetune.artifact import Artifact, modules
+from finetune.artifact import WHOLE, Artifact, modules
 from finetune.change import core
 from finetune.errors import FinetuneError
+from finetune.families import base as families
 from finetune.formats import base as formats
 from finetune.runfolder import RunFolder, write_text
+from finetune.tokens import hidden
 from finetune.train import verify
 from finetune.train.setup import Run
 
 
-def write(artifacts: dict[str, Artifact], folder: RunFolder, format_names: list[str], spec) -> list[Path]:
-    """One file per artifact and format, each opened again and compared. Raises FinetuneError rather than hand over a bad
-    adapter."""
-    paths = []
+def write(artifacts: dict[str, Artifact], folder: RunFolder, format_names: list[str], family) -> list[Path]:
+    """One file per artifact and format, each opened again and compared; a whole model is a folder, an extracted LoRA a file
+    for most tools. Raises FinetuneError rather than hand over a bad adapter."""
+    paths, spec = [], family.spec
     for title, artifact in artifacts.items():
         check(artifact)
-        for i, name in enumerate(format_names):
+        if artifact.kind == "full":
+            paths.append(folder.adapters / folder.name)
+            with hidden(family):
+                families.write(family, paths[-1], next(family.parts["denoiser"].parameters()).dtype)
+            continue
+        for i, name in enumerate(["kohya"] if "finetune.extracted" in artifact.metadata else format_names):
             path = folder.adapter(name, i == 0, title)
             formats.save(artifact, path, name, spec)
             again = formats.load(path, spec).tensors
@@ -38,9 +45,12 @@ def prove(run: Run, paths: list[Path]) -> dict[str, list[verify.Check]]:
     expected = {}
     for strength in verify.STRENGTHS:
         with run.method.at(strength):
-            expected[strength] = verify.probe(run.family)
+            decodes = run.method.objective == "decode"
+            expected[strength] = verify.drawn(run.family.parts["vae"]) if decodes else verify.probe(run.family)
     with run.method.at(0):
-        results = {path.name: verify.verify(path, run.family, expected) for path in paths}
+        tokens = {token: states for method in run.method.methods if method.kind == "embedding"
+                  for token, states in said(run, method).items()}
+        results = {path.name: verify.verify(path, run.family, tokens.get(formats.token(path), expected)) for path in paths}
     write_text(run.folder.adapters / "verify.json", verify.as_json(results))
     for path in paths:
         if not all(check.passed for check in results[path.name]):
@@ -50,13 +60,24 @@ def prove(run: Run, paths: list[Path]) -> dict[str, list[verify.Check]]:
     return results
 
 
+def said(run: Run, method) -> dict[str, dict[float, torch.Tensor]]:
+    """What the text encoder makes of each learned token: {token: {strength of the method alone: states}}."""
+    found: dict[str, dict[float, torch.Tensor]] = {token: {} for token in method.tokens}
+    for strength in (0.0, 1.0):
+        with method.at(strength):
+            for token in method.tokens:
+                found[token][strength] = verify.states(run.family, token)
+    return found
+
+
 def check(artifact: Artifact) -> None:
     """Raise FinetuneError for an adapter that is not finite or changes nothing."""
     bad = sorted(name for name, t in artifact.tensors.items() if not t.isfinite().all())
     if bad:
         raise FinetuneError(f"{len(bad)} trained tensors are not finite ({bad[0]}, …): no adapter is written; "
                             "lower train.learning_rate and start again with --fresh")
-    if not any(core(module).any() for module in modules(artifact.tensors).values()):
+    if artifact.kind not in (*WHOLE, "embedding") and not any(
+            core(module).any() for module in modules(artifact.tensors).values()):
         raise FinetuneError("the adapter changes nothing: no adapter is written; raise train.learning_rate or train.max_steps")
 
 

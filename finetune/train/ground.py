@@ -1,8 +1,8 @@
 """What a run stands on: the recipe's pictures in their order, and the base, before a method changes it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -27,6 +27,8 @@ from finetune.families import base as families
 from finetune.formats import base as formats
 from finetune.recipe import Recipe
 from finetune.train import prior as prior_pictures
+from finetune.train.learned import Learned
+from finetune.train.learned import words as learned_words
 
 Say = Callable[[str], None]
 Role = Literal["learn", "class", "validation"]
@@ -41,6 +43,7 @@ class Ground:
     family: object
     weights: dict[str, str]             # part -> hash of its weights
     validation: Stream | None = None    # the pictures that are held out
+    learned: Learned = field(default_factory=Learned)       # the words that are to be learned
 
     @property
     def all(self) -> list[Stream]:
@@ -49,6 +52,8 @@ class Ground:
 
 def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     """The pictures and the base, on the device. Raises FinetuneError for what cannot be read, or not be together."""
+    if recipe.data.prior and recipe.objective.kind == "decode":
+        raise FinetuneError("data.prior: a VAE knows no classes; leave it out")
     device.set_threads(recipe.train.threads)
     device.check_precision(recipe.train.mixed_precision, recipe.base.dtype, accelerator.device)
     index, held = pictures(recipe, say, not accelerator.is_main_process)
@@ -62,8 +67,9 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
         part.to(accelerator.device)
     weights = {name: families.fingerprint({name: part}) for name, part in family.parts.items()}
     size = recipe.train.batch_size * recipe.train.gradient_accumulation * accelerator.num_processes
-    learn = partial(stream, recipe, stride, size)
-    ground = Ground([learn(index)], family, weights, held and learn(held, "validation"))
+    learned = learned_words(recipe, index)
+    learn = partial(stream, recipe, stride, size, stands=learned.stands)
+    ground = Ground([learn(index)], family, weights, held and learn(held, "validation"), learned)
     if recipe.data.prior:
         ground.streams.append(learn(class_pictures(recipe, ground, accelerator, say), "class"))
     encode.refuse([problem for s in ground.all for problem in encode.check_pictures(s.index, s.sizes)])
@@ -125,28 +131,35 @@ def fatal(note: Note, recipe: Recipe) -> bool:
     return note.fatal and not (note.kind == "unreadable" and recipe.data.unreadable == "skip")
 
 
-def words(recipe: Recipe) -> Captions:
-    """How captions are made."""
+def words(recipe: Recipe, role: Role = "learn") -> Captions:
+    """How captions are made; none is needed to tune a VAE. The class has one for all, or its pictures' own; what is held
+    out keeps its captions."""
+    if recipe.objective.kind == "decode":
+        return Captions((("", 1.0),))
+    if role == "class":
+        return Captions(((recipe.data.prior.template or literal(recipe.data.prior.prompt), 1.0),))
     caption = recipe.data.caption
     return Captions(tuple((choice.template, choice.weight) for choice in caption.template), caption.trigger, caption.prefix,
-                    caption.suffix, caption.tags and Tags(**caption.tags.model_dump()), caption.wildcards, caption.dropout)
+                    caption.suffix, caption.tags and Tags(**caption.tags.model_dump()), caption.wildcards,
+                    0.0 if role == "validation" else caption.dropout)
 
 
-def stream(recipe: Recipe, stride: int, size: int, index: Index, role: Role = "learn") -> Stream:
+def stream(recipe: Recipe, stride: int, size: int, index: Index, role: Role = "learn",
+           stands: Mapping[str, Mapping[str, str]] = {}) -> Stream:
     """The examples of an index in their order, as the recipe wants them seen: `size` in a step. The class has one caption
-    and no masks; what is held out is always seen the same way."""
+    and no masks; what is held out is always seen the same way. `stands` are the words for the values of columns."""
     data, buckets = recipe.data, recipe.data.buckets
     known = sizes(data.resolution, buckets.step, buckets.shortest, buckets.longest) if buckets else \
         np.array([[data.resolution] * 2])
     fitted = assign(index.height, index.width, known, buckets.step if buckets and not buckets.upscale else None)
-    captions = words(recipe)
+    captions = words(recipe, role) if role == "class" else replace(words(recipe, role), stands=stands)
     mask = data.mask and ("alpha" if data.mask.source == "alpha" else "files")
     view = View(reading(recipe), data.crop == "random", data.flip, mask, data.mask.unmasked_weight if mask else 0.0, stride)
     weight = 1.0
     if role == "class":
-        captions, view, weight = Captions(((literal(data.prior.prompt), 1.0),)), replace(view, mask=None), data.prior.weight
+        view, weight = replace(view, mask=None), data.prior.weight
     elif role == "validation":
-        captions, view = replace(captions, dropout=0.0), replace(view, random_crop=False, flip=False)
+        view = replace(view, random_crop=False, flip=False)
     order = Order(np.unique(fitted, axis=0, return_inverse=True)[1].ravel(), index.repeats, size, recipe.train.seed,
                   "order" if role == "learn" else f"{role} order")
     return Stream(index, fitted, captions, view, order, None, weight, FIRST[role])
@@ -157,7 +170,7 @@ def class_pictures(recipe: Recipe, ground: Ground, accelerator: Accelerator, say
     prior, quiet = recipe.data.prior, not accelerator.is_main_process
     there = found(recipe, "class", say, quiet)
     if there is not None:
-        usable(there, recipe, say)
+        usable(there, recipe, say, words(recipe, "class"))
     missing = max(0, prior.count - (len(there) if there else 0))
     if not missing:
         return there
@@ -167,8 +180,8 @@ def class_pictures(recipe: Recipe, ground: Ground, accelerator: Accelerator, say
         check_prompt("data.prior.prompt", prior.prompt, ground.family)
         prior_pictures.make(where, missing, *settings, ground.family, quiet)
     accelerator.wait_for_everyone()
-    made = build([Source(str(where))], reading(recipe), None, say, quiet)
-    made = made.take(np.arange(missing))
+    made = build([Source(str(where))], reading(recipe), None, say, quiet, "data.prior")
+    made = usable(made.take(np.arange(missing)), recipe, say, words(recipe, "class"))
     return concatenated([there, made]) if there else made
 
 

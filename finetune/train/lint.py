@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 
-from finetune import registry
+from finetune import registry, tokens
 from finetune.data import encode
 from finetune.data.captions import Captions
 from finetune.data.duplicates import copies
@@ -21,6 +22,8 @@ from finetune.errors import FinetuneError
 from finetune.families.base import Unreachable
 from finetune.recipe import Recipe
 from finetune.train import ground
+from finetune.train.learned import check_said
+from finetune.train.learned import words as learned_words
 
 OFTEN = 500         # a picture that is seen so often is known by heart
 CUT_AWAY = 1 / 3    # of a picture: what a square takes from one of 3 : 2
@@ -76,8 +79,12 @@ def lint(recipe: Recipe, say: Say) -> Report:
     if family:
         report.tried("size", ground.check_stride, recipe, family.stride)
     size = recipe.train.batch_size * recipe.train.gradient_accumulation
-    streams = {role: report.tried("size", ground.stream, recipe, family.stride if family else 8, size, index, role)
-               for role, index in indexes.items()}
+    learned = report.tried("token", learned_words, recipe, indexes["learn"]) if "learn" in indexes else None
+    if family and learned and learned.tokens:
+        report.tried("token", tokens.extend, family, {name: {"text": torch.empty(words["vectors"], 0)}
+                                                      for name, words in learned.tokens.items()}, "method.tokens: ")
+    streams = {role: report.tried("size", ground.stream, recipe, family.stride if family else 8, size, index, role,
+                                  learned.stands if learned else {}) for role, index in indexes.items()}
     if indexes:
         report.notes += check_copies(indexes, ground.reading(recipe))
     if None not in streams.values():
@@ -86,8 +93,10 @@ def lint(recipe: Recipe, say: Say) -> Report:
             report.notes += encode.check_captions(stream.index, stream.captions)
         if learn := streams.get("learn"):
             report.buckets, report.plan = buckets(learn), plan(learn, recipe)
-            report.notes += check_words(learn) + check_times(report.plan)
+            report.notes += check_times(report.plan) + (check_words(learn) if recipe.objective.kind == "denoise" else [])
         if family:
+            if family.learned and "learn" in streams:
+                report.tried("token", check_said, learned, streams["learn"], recipe.train.max_steps, family)
             for stream in streams.values():
                 report.notes += check_length(stream, recipe, family)
             prompts = [("data.prior.prompt", recipe.data.prior.prompt)] if recipe.data.prior else []

@@ -62,6 +62,7 @@ def one_step(run: Run, step: int, batches: list[Batch]) -> tuple[torch.Tensor, t
     run.model.train()
     run.optimizer.train()
     for group in run.optimizer.param_groups:
+        group["now"] = step
         group["lr"] = 0.0 if step >= group["until"] else group["peak_lr"] * factor(
             step=step, max_steps=recipe.max_steps, warmup_steps=recipe.warmup_steps,
             **recipe.schedule.model_dump(exclude_none=True))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy
 import torch
@@ -10,17 +11,20 @@ from accelerate.utils import GradientAccumulationPlugin, set_seed
 from PIL import Image
 
 from finetune import __version__, registry
+from finetune.artifact import WHOLE
 from finetune.data import cache
 from finetune.data.cache import Cache
-from finetune.data.loader import Loader
+from finetune.data.loader import Loader, Stream
 from finetune.diffusion.noise import derive
 from finetune.errors import FinetuneError
 from finetune.formats import base as formats
 from finetune.optim.ema import Ema
 from finetune.optim.optimizer import OPTIMIZERS
+from finetune.optim.rounding import rounded
 from finetune.recipe import Recipe, difference, training_part
 from finetune.runfolder import RunFolder
 from finetune.train import ground
+from finetune.train.learned import check_said
 from finetune.train.step import TrainStep
 from finetune.train.together import Together
 
@@ -37,6 +41,7 @@ class Run:
     family: object
     method: Together
     loader: Loader
+    validation: Stream | None           # the pictures that are held out
     parameters: dict[str, torch.nn.Parameter]   # what is trained, under the artifact's names
     model: torch.nn.Module              # the wrapped TrainStep
     optimizer: torch.optim.Optimizer
@@ -72,15 +77,21 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
 
     if begun:
         check_identity(begun, identity, folder, say)
+    method = install(recipe, base)
     for prompt in recipe.preview.prompts:
         ground.check_prompt("preview.prompts", prompt, family)
-    method = install(recipe, family)
-    optimizer = OPTIMIZERS[train.optimizer](method.groups(train.learning_rate, train.max_steps), betas=train.betas, weight_decay=train.weight_decay)
-    base = ground.encoded(base, method.trains, train.max_steps, accelerator, Cache(cache.home(), say))
+    if folder.name in base.learned.tokens and len(recipe.method) > 1:
+        raise FinetuneError(f"method.tokens: {folder.name} is the run's name, "
+                            "and so that of the other method's file; rename one of them")
+    make = partial(OPTIMIZERS[train.optimizer], betas=train.betas, weight_decay=train.weight_decay)
+    groups = method.groups(train.learning_rate, train.max_steps)
+    optimizer = rounded(make, groups, lambda step: derive(train.seed, step, "rounding"))
+    if method.objective == "denoise":       # to decode, pictures are wanted themselves
+        base = ground.encoded(base, method.trains, train.max_steps, accelerator, Cache(cache.home(), say))
     loader = Loader(base.streams, train.batch_size, train.gradient_accumulation, accelerator.process_index,
                     accelerator.num_processes, recipe.data.workers)
     if train.gradient_checkpointing:
-        family.parts["denoiser"].enable_gradient_checkpointing()
+        family.parts["denoiser" if method.objective == "denoise" else "vae"].enable_gradient_checkpointing()
     objective = registry.find("objectives", recipe.objective.kind).build(
         **recipe.objective.model_dump(exclude={"kind"}, exclude_none=True), step_size=base.streams[0].order.size)
     parameters = method.parameters()
@@ -92,14 +103,17 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
         say(line)
     kinds = " + ".join(getattr(words, "variant", words.kind) for words in recipe.method)
     say(f"trains    {kinds}: {trained:,} parameters in {len(parameters)} tensors")
-    return Run(recipe, folder, accelerator, family, method, loader, parameters, model, optimizer, ema, identity, say)
+    if any(getattr(words, "encoder", False) for words in recipe.method):
+        say("note: the encoder is trained too, so latents change: a denoiser that was trained on the old ones will not fit")
+    return Run(recipe, folder, accelerator, family, method, loader, base.validation, parameters, model, optimizer, ema,
+               identity, say)
 
 
-def install(recipe: Recipe, family) -> Together:
-    """The recipe's methods, installed in the family."""
-    methods, starts = [], []
+def install(recipe: Recipe, base: ground.Ground) -> Together:
+    """The recipe's methods, installed in the family. Raises FinetuneError for what they do not find there."""
+    methods, starts, family = [], [], base.family
     for words in recipe.method:
-        fields = words.model_dump(exclude={"until"})
+        fields = words.model_dump(exclude={"until"}) | ({"tokens": base.learned.tokens} if words.kind == "embedding" else {})
         starts.append(fields.pop("start_from", None))
         methods.append(registry.find("methods", fields.pop("kind")).build(**fields, seed=recipe.train.seed))
     together = Together(tuple(methods), tuple(words.until for words in recipe.method))
@@ -109,6 +123,7 @@ def install(recipe: Recipe, family) -> Together:
         for name in recipe.export:
             formats.check_kind(name, method.kind, "export: ")
     together.install(family)
+    check_said(base.learned, base.streams[0], recipe.train.max_steps, family)
     for method, start in zip(methods, starts):
         if start:
             method.start_from(formats.load(start, family.spec))
@@ -134,4 +149,6 @@ def needed_bytes(run: Run) -> int:
     trained = sum(p.numel() * 4 for p in run.parameters.values())
     moments = 4 if run.recipe.train.optimizer == "prodigy" else 2
     checkpoint = trained * (1 + moments + bool(run.ema))
-    return checkpoint * (run.recipe.train.keep_checkpoints + 1) + trained * len(run.recipe.export) + 20_000_000
+    whole = sum(p.numel() * 4 for part in run.family.parts.values() for p in part.parameters())
+    exported = whole if any(method.kind in WHOLE for method in run.method.methods) else trained * len(run.recipe.export)
+    return checkpoint * (run.recipe.train.keep_checkpoints + 1) + exported + 20_000_000

@@ -30,7 +30,7 @@ class Together:
     def install(self, family) -> None:
         """Raises FinetuneError for a part that two methods would train; learned tokens are beside a text encoder, not in it."""
         taken: dict[str, str] = {}
-        for method in self.methods:
+        for method in sorted(self.methods, key=lambda method: method.kind == "embedding"):      # peft freezes what it meets
             method.install(family)
             for part in method.trains if method.kind != "embedding" else ():
                 if part in taken:

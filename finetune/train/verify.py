@@ -3,17 +3,21 @@
 The probe is one call of the denoiser at a fixed latent, text and timestep. `expected` is its output with the adapter at
 strength 0.5 and 1: from the training model at the end of `train`, from our own merge in `finetune verify`. A LoRA is loaded
 by diffusers; other kinds, which diffusers does not load, are merged by ourselves and held against the training model.
+Of a VAE the probe is a picture drawn from a fixed latent, and a whole model is loaded again as a base. Of a learned token it
+is what the text encoder makes of prompts with it; diffusers loads the file into an encoder that never saw the token.
 """
 
+import copy
 import json
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from finetune.artifact import Artifact, modules
+from finetune import registry, tokens
+from finetune.artifact import WHOLE, Artifact, modules
 from finetune.change import core
 from finetune.diffusion import noise
 from finetune.families import base as families
@@ -23,6 +27,8 @@ from finetune.train.preview import resting
 STRENGTHS = (0.5, 1.0)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}   # relative; half formats round every layer
 NAME = "verified"
+PROMPTS = ("{0}", "a drawing of {0}, a picture with {0} in it")
+LONGEST = 100       # times the mean length of a row in the vocabulary; what people share has up to 40 or so
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,18 @@ def verify(path: Path, family, expected: dict[float, Tensor] | None = None) -> l
     """Every check of one file on one base. Without `expected`, the probe's outputs with the file merged by ourselves.
 
     Raises FinetuneError when the file is no adapter, or not one of this family."""
+    if path.is_dir():
+        return [reloaded(path, family, expected)]
     artifact = formats.load(path, family.spec)
     checks, misfits = alone(artifact), families.misfits(family.parts, artifact)
     checks.append(Check("fits the base", not misfits, "; ".join(misfits[:3]) or "every module"))
     if not all(check.passed for check in checks):
         return checks
+    if artifact.kind == "embedding":
+        return checks + prompted(path, artifact, family, expected)
+    if said := artifact.metadata.get("finetune.extracted"):     # it is not all of what was trained
+        checks.append(Check("extracted", True, said))
+        expected = None
     if artifact.kind == "lora":
         expected = expected or {s: merged(family, artifact, s) for s in STRENGTHS}
         with warnings.catch_warnings():     # peft remarks that the file comes beside what was trained, and goes again
@@ -49,11 +62,16 @@ def verify(path: Path, family, expected: dict[float, Tensor] | None = None) -> l
     elif expected:
         checks += [compared(family, f"merged by finetune at {s:g}", merged(family, artifact, s), wanted)
                    for s, wanted in expected.items()]
+    if artifact.kind == "vae":
+        checks.append(by_itself(artifact, family, expected[1.0] if expected else merged(family, artifact, 1.0)))
     return checks
 
 
 def alone(artifact: Artifact) -> list[Check]:
     """What can be said of an adapter without its base."""
+    if artifact.kind in (*WHOLE, "embedding"):
+        finite = sum(bool(t.isfinite().all()) for t in artifact.tensors.values())
+        return [Check("finite", finite == len(artifact.tensors), f"{finite} of {len(artifact.tensors)} tensors")]
     changes = modules(artifact.tensors).values()
     finite = sum(all(bool(t.isfinite().all()) for t in (*change.values(), core(change))) for change in changes)
     moved = sum(bool(core(change).any()) for change in changes)
@@ -78,6 +96,68 @@ def by_diffusers(path: Path, family, expected: dict[float, Tensor]) -> list[Chec
     return checks
 
 
+def prompted(path: Path, artifact: Artifact, family, expected: dict[float, Tensor] | None) -> list[Check]:
+    """A learned token: how long its rows are, that they are not where they began, and what diffusers makes of the file.
+    `expected` are the encoder's states with the rows as they began, at 0, and as they are, at 1."""
+    token, rows = formats.token(path), formats.rows(artifact)
+    if not expected:
+        with tokens.added(family, {token: rows}):
+            expected = {1.0: states(family, token)}
+    tables = {part: family.parts[part].get_input_embeddings().weight for part in rows}
+    longest = max(t.float().norm(dim=1).max().item() / tables[part].float().norm(dim=1).mean().item() for part, t in rows.items())
+    checks = [Check("length", longest <= LONGEST, f"{longest:.1f} times a word's, at most {LONGEST}")]
+    if 0.0 in expected:
+        moved = ((expected[1.0] - expected[0.0]).norm() / expected[0.0].norm()).item()
+        checks.append(Check("moved", moved > 0, f"relative difference {moved:.1e} from the words it began as"))
+    try:
+        return checks + [compared(family, "prompts in diffusers", by_textual_inversion(path, token, family), expected[1.0])]
+    except (ValueError, RuntimeError, KeyError) as e:
+        return checks + [Check("diffusers", False, f"its loader refuses the file: {str(e).splitlines()[0]}")]
+
+
+@torch.no_grad()
+def states(family, token: str) -> Tensor:
+    """What the text encoder makes of prompts with the token, as the family stands."""
+    with resting(family.parts):
+        return family.encode_text([prompt.format(token) for prompt in PROMPTS]).tokens
+
+
+@torch.no_grad()
+def by_textual_inversion(path: Path, token: str, family) -> Tensor:
+    """The same with the file loaded by diffusers, into a tokenizer and a table without learned tokens."""
+    pipeline, encoder = family.pipeline(), family.parts["text"]
+    table, size = encoder.get_input_embeddings(), encoder.config.vocab_size
+    pipeline.tokenizer = copy.deepcopy(family.learned.tokenizer if family.learned else family.tokenizer)
+    encoder.set_input_embeddings(nn.Embedding.from_pretrained(table.weight.detach().clone()))
+    try:
+        pipeline.load_textual_inversion(str(path), token=token)
+        with resting(family.parts):
+            return pipeline.encode_prompt([prompt.format(token) for prompt in PROMPTS], encoder.device, 1, False)[0].float()
+    finally:
+        encoder.set_input_embeddings(table)
+        encoder.config.vocab_size = size
+
+
+def by_itself(artifact: Artifact, family, wanted: Tensor) -> Check:
+    """A new VAE that has nothing but the file's weights draws what is wanted."""
+    vae, name = family.parts["vae"], "a VAE of these weights alone"
+    fresh = type(vae).from_config(vae.config).to(vae.device, vae.dtype).eval()
+    try:
+        fresh.load_state_dict({key.removeprefix("vae."): t for key, t in artifact.tensors.items()})
+    except RuntimeError as e:
+        return Check(name, False, " ".join(str(e).split())[:200])
+    return compared(family, name, drawn(fresh), wanted)
+
+
+def reloaded(folder: Path, family, expected: dict[float, Tensor]) -> Check:
+    """The probe of a whole model that is loaded as a base, against what is expected at strength 1."""
+    device, dtype = expected[1.0].device, next(family.parts["denoiser"].parameters()).dtype
+    again = registry.find("families", family.spec.name).load(str(folder), dtype)
+    for part in again.parts.values():
+        part.to(device)
+    return compared(again, "loaded again as a base", probe(again), expected[1.0])
+
+
 def compared(family, name: str, found: Tensor, wanted: Tensor) -> Check:
     limit = TOLERANCE[next(family.parts["denoiser"].parameters()).dtype]
     error = ((found - wanted).norm() / wanted.norm()).item()
@@ -86,7 +166,7 @@ def compared(family, name: str, found: Tensor, wanted: Tensor) -> Check:
 
 def merged(family, artifact, strength: float) -> Tensor:
     with families.merged(family.parts, [(artifact, strength)]):
-        return probe(family)
+        return drawn(family.parts["vae"]) if artifact.kind == "vae" else probe(family)
 
 
 @torch.no_grad()
@@ -98,6 +178,14 @@ def probe(family) -> Tensor:
     t = torch.tensor([family.path.steps // 10, family.path.steps // 2], device=denoiser.device)
     with resting(family.parts):
         return family.denoise(x, t, family.encode_text(["a picture", "a red circle"]), torch.zeros(2, 6, device=x.device))
+
+
+@torch.no_grad()
+def drawn(vae) -> Tensor:
+    """What a VAE makes of a fixed latent."""
+    z = noise.normal((vae.config.latent_channels, 8, 8), 0, [0, 1], "verify").to(vae.device, vae.dtype)
+    with resting({"vae": vae}):
+        return vae.decode(z).sample.float()
 
 
 def table(checks: list[Check]) -> str:

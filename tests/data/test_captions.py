@@ -260,3 +260,9 @@ def test_no_draw_moves_another():
     with_choice = [caption for caption, first in zip(drawn(Captions(choices, dropout=0.5), columns),
                                                      drawn(Captions(choices), columns)) if first == columns["text"]]
     assert near(with_choice.count(""), 0.5, len(with_choice))      # and they do not follow each other
+
+
+def test_a_word_may_stand_for_the_value_of_a_column():
+    captions = Captions((("a {colour} {text}", 1.0),), stands={"colour": {"red": "colour-red"}})
+    assert captions.every({"colour": " red ", "text": "red ball"}) == ["a colour-red red ball"]
+    assert captions.every({"colour": "blue", "text": "ball"}) == ["a blue ball"]

@@ -165,7 +165,7 @@ def test_one_mistake(write, line, expected):
     ("images: pictures", "images: p, caption: {dropout: 2}",
      "data.caption.dropout: wants at most 1; given 2"),
     ("kind: lora", "kind: loar",
-     "dog.yaml:3  method.kind: unknown kind 'loar'; did you mean 'lora'?\n    one of: lora"),
+     "dog.yaml:3  method.kind: unknown kind 'loar'; did you mean 'lora'?\n    one of: embedding, full, lora"),
     ("kind: lora", "rank: 4", "dog.yaml:3  method.kind: missing"),
     ("kind: lora", "kind: lora, rank: 0", "dog.yaml:3  method.rank: wants at least 1; given 0"),
     ("kind: lora", "kind: lora, dropout: 1", "dog.yaml:3  method.dropout: wants less than 1; given 1"),
@@ -315,8 +315,9 @@ def test_every_field_is_explained(model):
 
 
 def test_the_schema_and_the_registry_know_the_same_methods(write):
+    owed = {"embedding": ", tokens: {sks-dog: {init: dog}}"}
     for name in registry.names("methods"):
-        assert load(write(SMALLEST), [f"method={{kind: {name}}}"]).recipe.method[0].kind == name
+        assert load(write(SMALLEST), [f"method={{kind: {name}{owed.get(name, '')}}}"]).recipe.method[0].kind == name
     assert f"one of: {', '.join(registry.names('methods'))}" in problems(write(SMALLEST), "method.kind=x")
 
 
@@ -324,3 +325,25 @@ def test_the_schema_and_the_registry_know_the_same_methods(write):
 def test_shipped_recipes_are_right_and_open_with_their_command(path):
     assert isinstance(load(path).recipe, Recipe)
     assert re.match(rf"accelerate launch .*-m finetune train recipes/{path.name}", shipped.header(path)[0])
+
+
+@pytest.mark.parametrize("method, expected", [
+    ("{kind: embedding}", "method.tokens: missing\n    What is learned"),
+    ("{kind: embedding, tokens: {}}", "method.tokens: wants at least one token"),
+    ("{kind: embedding, tokens: {a: {}}}", "method.tokens.a: wants init, the words that it begins as"),
+    ("{kind: embedding, tokens: {a: {innit: x}}}", "method.tokens.a.innit: unknown key; did you mean 'init'?\n    keys here: init, vectors"),
+    ("{kind: embedding, tokens: {a: {init: x, vectors: 0}}}", "method.tokens.a.vectors: wants at least 1; given 0"),
+    ("{kind: embedding, tokens: {a: per_valu}}", "method.tokens.a: wants a mapping of init, vectors, column; given 'per_valu'"),
+    ("{kind: embedding, tokens: {a: per_value}, targets: [all]}", "method.targets: unknown key; did you mean 'method.text.targets'?"),
+    ("[{kind: embedding, tokens: {a: per_value}}, {kind: lora, rnk: 3}]", "method.1.rnk: unknown key; did you mean 'rank'?"),
+    ("[{kind: embedding, tokens: {a: per_value}}, {}]", "method.1.kind: missing"),
+])
+def test_a_mistake_in_one_of_several_methods(write, method, expected):
+    said = problems(write(SMALLEST.replace("{kind: lora}", method)))
+    assert said.startswith("dog.yaml:3  ") and expected in said and said.count("dog.yaml:") == 1
+
+
+def test_a_token_for_each_value_may_be_a_word(write):
+    method = load(write(SMALLEST.replace("{kind: lora}", "{kind: embedding, tokens: {colour: per_value, dog: {init: dog}}}"))).recipe.method[0]
+    assert {name: (token.column, token.init, token.vectors) for name, token in method.tokens.items()} == {
+        "colour": ("colour", None, 1), "dog": (None, "dog", 1)}

@@ -1,0 +1,75 @@
+"""Textual inversion: learned words in front of a model that stays as it is (Gal et al. 2022)."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from finetune import tokens as learned
+from finetune.artifact import Artifact
+from finetune.errors import FinetuneError
+
+
+@dataclass
+class Embedding:
+    """Each token begins as words that the model knows; only its rows have gradients and a state in the optimizer."""
+
+    tokens: dict[str, dict]         # name -> init, the words, and vectors, how many
+    learning_rate: float | None
+    trains: tuple[str, ...] = ("text",)
+
+    objective: ClassVar = "denoise"
+    kind: ClassVar = "embedding"
+
+    def install(self, family) -> None:
+        self.family, self.trains = family.spec.name, tuple(learned.text_parts(family))
+        tables = {part: family.parts[part].get_input_embeddings() for part in self.trains}
+        rows = {name: {part: learned.initial(family.tokenizer, table, words["init"], words["vectors"])
+                       for part, table in tables.items()} for name, words in self.tokens.items()}
+        found = learned.extend(family, rows, "method.tokens: ")
+        self.tables, first = found.tables, len(next(iter(tables.values())).weight)
+        self.places = {name: slice(ids.start - first, ids.stop - first) for name, ids in found.ids.items()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {f"embedding.{part}": table.learned for part, table in self.tables.items()}
+
+    def groups(self, learning_rate: float) -> list[dict]:
+        return [{"params": list(self.parameters().values()), "lr": self.learning_rate or learning_rate}]
+
+    def after_step(self) -> None:
+        pass
+
+    def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
+        """A file for each token, for most tools take the file's name for the token's."""
+        rows = {part: table.learned.detach().cpu() for part, table in self.tables.items()}
+        return {name: Artifact(self.kind, self.family, {f"{part}.embedding": own[place].clone() for part, own in rows.items()},
+                               metadata | {"ss_output_name": name, "modelspec.title": name})
+                for name, place in self.places.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        mine = self.parameters()
+        if unlike := {n for n in mine.keys() | tensors.keys()
+                      if n not in mine or n not in tensors or mine[n].shape != tensors[n].shape}:
+            raise FinetuneError(f"{len(unlike)} tensors do not fit these tokens, for example {sorted(unlike)[0]}")
+        for name, p in mine.items():
+            p.copy_(tensors[name])
+
+    @contextmanager
+    def at(self, strength: float):
+        """Inside, the tokens are so far on the way from the words that they began as."""
+        before = [table.strength for table in self.tables.values()]
+        for table in self.tables.values():
+            table.strength = strength
+        try:
+            yield
+        finally:
+            for table, own in zip(self.tables.values(), before):
+                table.strength = own
+
+
+def build(tokens: dict[str, dict], learning_rate: float | None, seed: int) -> Embedding:
+    """Nothing of it is drawn, so it has no use for the seed."""
+    return Embedding(tokens, learning_rate)

@@ -1,0 +1,108 @@
+"""The loss of an autoencoder: its terms, on a KL and a VQ model."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, VQModel
+
+from finetune.batch import Batch
+from finetune.errors import FinetuneError
+from finetune.methods import vae_decoder
+from finetune.objectives import _similarity as similarity
+from finetune.objectives import decode
+
+SHAPE = {"block_out_channels": (16, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
+         "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 8, "latent_channels": 3}
+MODELS = {"kl": lambda: AutoencoderKL(**SHAPE), "vq": lambda: VQModel(**SHAPE, num_vq_embeddings=32)}
+WORDS = {"pixels": "l1", "ssim": 0.0, "gradient": 0.0, "lpips": 0.0, "sample": True, "kl": 1e-6, "commitment": 1.0,
+         "step_size": 2}
+
+
+def family(model: str, encoder: bool = False):
+    torch.manual_seed(0)
+    vae = MODELS[model]().requires_grad_(False)
+    found = SimpleNamespace(parts={"vae": vae}, spec=SimpleNamespace(name="sd1"))
+    method = vae_decoder.build(encoder=encoder, learning_rate=None, seed=0)
+    method.install(found)
+    return found, method
+
+
+def batch(first: int = 0, count: int = 2, mask=None) -> Batch:
+    pixels = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return Batch([*range(first, first + count)], [""] * count, torch.ones(count), 1 / count, torch.zeros(count, 6),
+                 pixels[first:first + count], mask=mask)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("encoder", [False, True])
+def test_what_is_trained_and_nothing_else_gets_a_gradient(model, encoder):
+    found, method = family(model, encoder)
+    decode.build(**WORDS)(found, batch(), 0).loss.backward()
+    trained = {name for name, p in found.parts["vae"].named_parameters() if p.grad is not None}
+    assert {f"vae.{name}" for name in trained} == set(method.parameters())
+    assert any(name.startswith("encoder.") for name in trained) == encoder
+    assert ("quantize.embedding.weight" in trained) == (encoder and model == "vq")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_few_steps_draw_better(model):
+    found, method = family(model, True)
+    objective, optimizer = decode.build(**WORDS | {"ssim": 0.2, "gradient": 0.5}), torch.optim.AdamW(method.groups(3e-3))
+    losses = []
+    for _ in range(15):
+        loss = objective(found, batch(), 0).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_loss_of_a_batch_is_that_of_its_halves():
+    found, _ = family("kl")
+    objective = decode.build(**WORDS | {"ssim": 0.2, "gradient": 0.5})
+    whole = objective(found, batch(0, 4), 3)
+    halves = [objective(found, batch(first, 2), 3) for first in (0, 2)]
+    assert torch.allclose(whole.per_example, torch.cat([half.per_example for half in halves]), rtol=1e-5)
+    assert torch.allclose(whole.loss, sum(half.loss for half in halves) / 2, rtol=1e-5)
+
+
+def test_the_regularizer_counts_when_the_encoder_is_trained():
+    for encoder in (False, True):
+        found, _ = family("kl", encoder)
+        without, with_kl = (decode.build(**WORDS | {"kl": kl})(found, batch(), 0).loss for kl in (0.0, 1.0))
+        assert (with_kl > without) == encoder
+
+
+def test_what_the_mask_leaves_out_costs_nothing():
+    found, _ = family("kl")
+    mask = torch.ones(2, 1, 8, 8)
+    mask[..., 4:] = 0
+    words = WORDS | {"sample": False}
+    half = decode.build(**words)(found, batch(mask=mask), 0).per_example
+    with torch.no_grad():
+        x = batch().pixels
+        error = (found.parts["vae"](x).sample - x).abs()[..., :8].mean(dim=(1, 2, 3))
+    assert torch.allclose(half, error, rtol=1e-5)
+
+
+def test_ssim_is_one_of_equal_pictures_and_less_of_others():
+    x = batch(0, 4).pixels
+    assert torch.allclose(similarity.ssim(x, x), torch.ones(4))
+    assert (similarity.ssim(x, x.flip(3)) < 0.5).all()
+    # Two even pictures: what is left of eq. 13 is the comparison of their means.
+    a, b, c1 = 0.5, 0.25, (0.01 * 2) ** 2
+    even = [torch.full((1, 3, 16, 16), value) for value in (a, b)]
+    assert similarity.ssim(*even).item() == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), rel=1e-4)
+
+
+def test_psnr_is_that_of_the_range():
+    x = torch.zeros(1, 3, 8, 8)
+    assert similarity.psnr(x, x + 0.2).item() == pytest.approx(20.0)       # 0.1 of the range
+
+
+def test_lpips_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lpips", None)
+    with pytest.raises(FinetuneError, match=r"pip install 'finetune\[lpips\]'"):
+        decode.build(**WORDS | {"lpips": 0.1})
