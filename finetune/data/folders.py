@@ -4,7 +4,6 @@ import os
 import stat
 import unicodedata
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +20,6 @@ NOT_READ = {b".gif", b".heic", b".heif", b".jxl", b".jp2", b".svg", b".psd", b".
             b".nef", b".arw"}       # pictures too
 BESIDE = [suffix.encode() for suffix in SIDECARS]
 TABLES = {b"metadata" + suffix.encode() for suffix in READERS}
-THREADS = 4         # a folder each: stat waits for the disk, or for the network
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,13 @@ class Files:
         self.sizes.append(status.st_size)
         self.stamps.append(stamp(status))
 
+    def add_all(self, entries: list[os.DirEntry]) -> None:
+        """The same of many; a million calls of `add` would take seconds."""
+        found = [entry.stat() for entry in entries]
+        self.names += [entry.name for entry in entries]
+        self.sizes += [status.st_size for status in found]
+        self.stamps += [stamp(status) for status in found]
+
     def listed(self) -> pa.Table:
         zeros = np.zeros(len(self.names), np.int64)
         return pa.table([self.names, zeros.astype(np.int32), zeros, self.sizes, self.stamps], schema=LISTED)
@@ -108,22 +113,21 @@ def walk(root: bytes, prefix: str) -> Found:
     """Everything below a folder that is not hidden. A folder that can be reached in several ways, or contains itself by
     a link, is walked once, by its own name rather than by a link."""
     found, seen = Found(folders=[b""]), set()
-    with ThreadPoolExecutor(THREADS) as pool:
-        while found.folders or found.links:
-            if not found.folders:
-                found.folders, found.links = sorted(found.links)[:1], sorted(found.links)[1:]
-            fresh = []
-            for folder in sorted(found.folders):
-                try:
-                    status = os.stat(os.path.join(root, folder))
-                except FileNotFoundError:       # removed in this very moment
-                    continue
-                if (status.st_dev, status.st_ino) not in seen:
-                    seen.add((status.st_dev, status.st_ino))
-                    fresh.append(folder)
-            found.folders = []
-            for folder, inside in zip(fresh, pool.map(lambda folder: look_into(root, folder, prefix), fresh)):
-                found.add(folder, inside)
+    while found.folders or found.links:
+        if not found.folders:
+            found.folders, found.links = sorted(found.links)[:1], sorted(found.links)[1:]
+        fresh = []
+        for folder in sorted(found.folders):
+            try:
+                status = os.stat(os.path.join(root, folder))
+            except FileNotFoundError:       # removed in this very moment
+                continue
+            if (status.st_dev, status.st_ino) not in seen:
+                seen.add((status.st_dev, status.st_ino))
+                fresh.append(folder)
+        found.folders = []
+        for folder in fresh:        # threads are slower: most of it is Python, and they wait for each other
+            found.add(folder, look_into(root, folder, prefix))
     return found
 
 
@@ -135,30 +139,33 @@ def look_into(root: bytes, folder: bytes, prefix: str) -> Found:
 
     try:
         with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:
-                name = entry.name
-                if name.startswith(b"."):
+            seen = [entry for entry in entries if not entry.name.startswith(b".")]
+        suffixes = [name[name.rfind(b"."):].lower() for name in (entry.name for entry in seen)]
+        plain = [entry for entry, suffix in zip(seen, suffixes) if suffix in PICTURES and entry.is_file(follow_symlinks=False)]
+        found.pictures.add_all(plain)
+        for entry, suffix in zip(seen, suffixes):
+            name = entry.name
+            if suffix in PICTURES and entry.is_file(follow_symlinks=False):
+                continue
+            if suffix in PICTURES or suffix in BESIDE or name in TABLES:
+                try:
+                    status = entry.stat()
+                except OSError as e:
+                    if suffix in PICTURES:
+                        note("unreadable", name, f"not a readable picture ({e.strerror}); repair or remove it")
                     continue
-                suffix = name[name.rfind(b"."):].lower()
-                if suffix in PICTURES or suffix in BESIDE or name in TABLES:
-                    try:
-                        status = entry.stat()
-                    except OSError as e:
-                        if suffix in PICTURES:
-                            note("unreadable", name, f"not a readable picture ({e.strerror}); repair or remove it")
-                        continue
-                    if stat.S_ISREG(status.st_mode):
-                        if suffix in PICTURES:
-                            found.pictures.add(name, status)
-                        elif suffix in BESIDE:
-                            found.texts.add(name, status)
-                        else:
-                            found.tables.append((name, status.st_size, stamp(status)))
-                        continue
-                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                    (found.links if entry.is_symlink() else found.folders).append(name)
-                elif suffix in NOT_READ:
-                    note("suffix", name, f"is not used: {suffix[1:].decode()} is not read; save it as PNG", False)
+                if stat.S_ISREG(status.st_mode):
+                    if suffix in PICTURES:
+                        found.pictures.add(name, status)
+                    elif suffix in BESIDE:
+                        found.texts.add(name, status)
+                    else:
+                        found.tables.append((name, status.st_size, stamp(status)))
+                    continue
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                (found.links if entry.is_symlink() else found.folders).append(name)
+            elif suffix in NOT_READ:
+                note("suffix", name, f"is not used: {suffix[1:].decode()} is not read; save it as PNG", False)
     except OSError as e:
         note("folder", b"", f"cannot be listed: {e.strerror}")
     pair(found, note)
