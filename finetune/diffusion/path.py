@@ -12,6 +12,7 @@ what the network is told (`told`). All of this is float64 on the CPU: not every 
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,49 +21,51 @@ LEAST_NOISE = 1e-3      # what b counts at least in `snr` and `conversion`: at b
 LEAST_SIGMA = 1e-4      # σ of EDM is held between this and its inverse: the network is told its logarithm
 
 
-class Path:
-    """What all paths share. `t` (B,) is a path's own time."""
+class Path(Protocol):
+    """What each path says of itself; all else follows, see the functions below. `t` (B,) is a path's own time."""
 
     prediction: str
 
     def time(self, fraction: Tensor, pixels: Tensor) -> Tensor:
         """Fraction of the way (B,) float64 in [0, 1] → t (B,); `pixels` (B,) is height × width of each picture."""
-        raise NotImplementedError
 
     def told(self, t: Tensor) -> Tensor:
         """What the network gets as its timestep, (B,)."""
-        raise NotImplementedError
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """a, b, c, d at t, each (B,) float64."""
-        raise NotImplementedError
 
-    def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio a² / b², (B,) float64."""
-        a, b, _, _ = self.coefficients(t)
-        return (a / b.clamp(min=LEAST_NOISE)) ** 2
 
-    def conversion(self, t: Tensor) -> Tensor:
-        """(c − d·a/b)², (B,) float64: w_target = w_x0 / conversion."""
-        a, b, c, d = self.coefficients(t)
-        return (c - d * a / b.clamp(min=LEAST_NOISE)) ** 2
+def snr(path: Path, t: Tensor) -> Tensor:
+    """Signal-to-noise ratio a² / b², (B,) float64."""
+    a, b, _, _ = path.coefficients(t)
+    return (a / b.clamp(min=LEAST_NOISE)) ** 2
 
-    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t, shaped and typed like x0 (B, …)."""
-        a, b, _, _ = self._like(x0, t)
-        return a * x0 + b * noise
 
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should predict, shaped and typed like x0 (B, …)."""
-        _, _, c, d = self._like(x0, t)
-        return c * x0 + d * noise
+def conversion(path: Path, t: Tensor) -> Tensor:
+    """(c − d·a/b)², (B,) float64: w_target = w_x0 / conversion."""
+    a, b, c, d = path.coefficients(t)
+    return (c - d * a / b.clamp(min=LEAST_NOISE)) ** 2
 
-    def _like(self, x0: Tensor, t: Tensor) -> list[Tensor]:
-        return [k.to(x0.dtype).to(x0.device).view(-1, *[1] * (x0.ndim - 1)) for k in self.coefficients(t)]
+
+def noised(path: Path, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t, shaped and typed like x0 (B, …)."""
+    a, b, _, _ = _like(x0, path.coefficients(t))
+    return a * x0 + b * noise
+
+
+def target(path: Path, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """What the network should predict, shaped and typed like x0 (B, …)."""
+    _, _, c, d = _like(x0, path.coefficients(t))
+    return c * x0 + d * noise
+
+
+def _like(x0: Tensor, coefficients: tuple[Tensor, ...]) -> list[Tensor]:
+    return [k.to(x0.dtype).to(x0.device).view(-1, *[1] * (x0.ndim - 1)) for k in coefficients]
 
 
 @dataclass(frozen=True)
-class Discrete(Path):
+class Discrete:
     """A variance-preserving process of T steps (Ho et al. 2020, eq. 4); t is int64. `alphas_cumprod`: (T,) float64.
 
     Raises ValueError for noise that is predicted where nothing else is left: x_t is the answer, and says nothing of x0."""
@@ -100,7 +103,7 @@ PREDICTIONS = {     # (a, b) → (c, d), under the names of diffusers
 
 
 @dataclass(frozen=True)
-class RectifiedFlow(Path):
+class RectifiedFlow:
     """Straight lines, x_t = (1 − t) · x0 + t · eps, and their velocity eps − x0 (Esser et al. 2024, eq. 13); t in [0, 1].
 
     `shift` draws t towards noise; with `reference`, the side in pixels that it is meant for, more in larger pictures."""
@@ -123,7 +126,7 @@ class RectifiedFlow(Path):
 
 
 @dataclass(frozen=True)
-class Edm(Path):
+class Edm:
     """x0 + σ · eps, scaled to unit variance, and the F-prediction (Karras et al. 2022, eq. 7 and table 1); t is σ.
 
     A fraction f is σ = f / (1 − f), the noise of a rectified flow at f. So the laws mean the same for both, and a

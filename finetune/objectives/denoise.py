@@ -37,10 +37,10 @@ class Denoise:
         fraction = self.law(laws.draw(seed, positions, self.strata))
         t = path.time(fraction, batch.geometry[:, 4:].prod(1))      # on the CPU, as all of the path
         epsilon = self.epsilon.draw(x0.shape[1:], seed, positions)
-        x_t = path.noised(x0, self.epsilon.perturbed(epsilon, seed, positions).to(device), t)
+        x_t = paths.noised(path, x0, self.epsilon.perturbed(epsilon, seed, positions).to(device), t)
         prediction = family.denoise(x_t, path.told(t).to(device), conditioning, batch.geometry)
-        snr, conversion = path.snr(t), path.conversion(t)
-        cost = self.loss(prediction - path.target(x0, epsilon.to(device), t), snr).mean(1, keepdim=True)
+        snr, conversion = paths.snr(path, t), paths.conversion(path, t)
+        cost = self.loss(prediction - paths.target(path, x0, epsilon.to(device), t), snr).mean(1, keepdim=True)
         mask = torch.ones_like(cost) if batch.mask is None else batch.mask
         # A random crop may hold nothing of its mask: it counts nothing.
         per_example = (mask * cost).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3)).clamp(min=1e-6)

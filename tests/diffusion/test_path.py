@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from finetune.diffusion.path import Edm, RectifiedFlow, build, ddpm
+from finetune.diffusion.path import Edm, RectifiedFlow, build, conversion, ddpm, noised, snr, target
 
 SD = dict(beta_start=0.00085, beta_end=0.012, steps=1000)
 T = torch.tensor([0, 1, 37, 500, 998, 999])
@@ -73,7 +73,7 @@ def test_zero_snr_is_the_algorithm_and_ends_without_signal(schedule):
     assert path.alphas_cumprod[-1] == 0 and path.alphas_cumprod[0] == pytest.approx(alpha_bars(schedule)[0], rel=1e-12)
     theirs = scheduler(schedule, "v_prediction", rescale_betas_zero_snr=True).alphas_cumprod
     torch.testing.assert_close(path.alphas_cumprod.float(), theirs, rtol=2e-3, atol=1e-7)
-    assert path.snr(torch.tensor([999])) == 0 and path.conversion(torch.tensor([999])) == 1
+    assert snr(path, torch.tensor([999])) == 0 and conversion(path, torch.tensor([999])) == 1
 
 
 @pytest.mark.parametrize("schedule", ["linear", [1.0]])
@@ -87,17 +87,17 @@ def test_noised_pictures_and_targets_are_those_of_diffusers(prediction):
     torch.manual_seed(0)
     path, theirs = ddpm("scaled_linear", **SD, prediction=prediction), scheduler("scaled_linear", prediction)
     x0, noise = torch.randn(6, 4, 3, 5), torch.randn(6, 4, 3, 5)
-    x_t, target = path.noised(x0, noise, T), path.target(x0, noise, T)
-    assert x_t.dtype == target.dtype == torch.float32
+    x_t, wanted = noised(path, x0, noise, T), target(path, x0, noise, T)
+    assert x_t.dtype == wanted.dtype == torch.float32
     torch.testing.assert_close(x_t, theirs.add_noise(x0, noise, T), rtol=1e-4, atol=1e-5)
     expected = {"epsilon": noise, "sample": x0, "v_prediction": theirs.get_velocity(x0, noise, T)}[prediction]
-    torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(wanted, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_v_is_the_formula():
     torch.manual_seed(0)
     x0, noise = torch.randn(2, 6, 2, 2, 2, dtype=torch.float64)
-    v = ddpm("scaled_linear", **SD, prediction="v_prediction").target(x0, noise, T)
+    v = target(ddpm("scaled_linear", **SD, prediction="v_prediction"), x0, noise, T)
     for i, t in enumerate(T):
         alpha_bar = alpha_bars("scaled_linear")[t]
         torch.testing.assert_close(v[i], alpha_bar ** 0.5 * noise[i] - (1 - alpha_bar) ** 0.5 * x0[i], rtol=1e-10, atol=1e-12)
@@ -119,8 +119,8 @@ def test_an_error_of_the_target_is_an_error_of_x0_by_the_conversion(name):
     t = path.time(FRACTIONS, PIXELS)
     a, b, c, d = (k.numpy()[inner] for k in path.coefficients(t))
     error_of_x0 = b / (b * c - a * d)       # Cramer's rule
-    np.testing.assert_allclose(path.conversion(t).numpy()[inner], 1 / error_of_x0 ** 2, rtol=1e-9)
-    np.testing.assert_allclose(path.snr(t).numpy()[inner], (a / b) ** 2, rtol=1e-9)
+    np.testing.assert_allclose(conversion(path, t).numpy()[inner], 1 / error_of_x0 ** 2, rtol=1e-9)
+    np.testing.assert_allclose(snr(path, t).numpy()[inner], (a / b) ** 2, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["epsilon", "v", "v zero", "x0"])
@@ -140,8 +140,8 @@ def test_a_rectified_flow_is_a_straight_line_and_its_velocity():
     t = path.time(FRACTIONS, PIXELS)
     assert torch.equal(t, FRACTIONS)
     column = t.float().view(-1, 1, 1, 1)
-    torch.testing.assert_close(path.noised(x0, noise, t), (1 - column) * x0 + column * noise)
-    torch.testing.assert_close(path.target(x0, noise, t), noise - x0)
+    torch.testing.assert_close(noised(path, x0, noise, t), (1 - column) * x0 + column * noise)
+    torch.testing.assert_close(target(path, x0, noise, t), noise - x0)
     torch.testing.assert_close(path.told(t), 1000 * t.float())
 
 
@@ -175,13 +175,13 @@ def test_edm_is_the_preconditioning_of_the_paper(sigma_data):
     c_skip, c_out, c_in = sigma_data ** 2 / total, sigma * sigma_data / total ** 0.5, total ** -0.5
     one = (slice(None), None, None, None)
     x = x0.numpy() + sigma[one] * noise.numpy()
-    np.testing.assert_allclose(path.noised(x0, noise, t).numpy(), c_in[one] * x, rtol=1e-9, atol=1e-12)
-    denoised = c_skip[one] * x + c_out[one] * path.target(x0, noise, t).numpy()
+    np.testing.assert_allclose(noised(path, x0, noise, t).numpy(), c_in[one] * x, rtol=1e-9, atol=1e-12)
+    denoised = c_skip[one] * x + c_out[one] * target(path, x0, noise, t).numpy()
     np.testing.assert_allclose(denoised, x0.numpy(), rtol=1e-8, atol=1e-8)
     inner = slice(1, 100)
-    np.testing.assert_allclose(path.conversion(t).numpy()[inner] * c_out[inner] ** 2, 1, rtol=1e-9)     # λ(σ) · c_out² = 1
-    np.testing.assert_allclose(path.snr(t).numpy()[inner], sigma[inner] ** -2, rtol=1e-9)
-    assert 0.9 < path.target(x0, noise, t)[20:80].std() < 1.1       # unit variance is what it is for
+    np.testing.assert_allclose(conversion(path, t).numpy()[inner] * c_out[inner] ** 2, 1, rtol=1e-9)     # λ(σ) · c_out² = 1
+    np.testing.assert_allclose(snr(path, t).numpy()[inner], sigma[inner] ** -2, rtol=1e-9)
+    assert 0.9 < target(path, x0, noise, t)[20:80].std() < 1.1       # unit variance is what it is for
 
 
 def test_edm_of_unit_data_is_v_with_the_other_sign():
@@ -190,7 +190,7 @@ def test_edm_of_unit_data_is_v_with_the_other_sign():
     path = Edm(1.0)
     t = path.time(FRACTIONS, PIXELS)
     a, b, _, _ = (k.view(-1, 1, 1, 1) for k in path.coefficients(t))
-    torch.testing.assert_close(path.target(x0, noise, t), -(a * noise - b * x0))
+    torch.testing.assert_close(target(path, x0, noise, t), -(a * noise - b * x0))
 
 
 def test_the_words_of_a_recipe_build_paths():

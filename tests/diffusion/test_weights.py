@@ -4,7 +4,7 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 
-from finetune.diffusion.path import Edm, RectifiedFlow, ddpm
+from finetune.diffusion.path import Edm, RectifiedFlow, conversion, ddpm, snr
 from finetune.diffusion.timesteps import law, uniform
 from finetune.diffusion.weights import WEIGHTINGS, weighting
 
@@ -18,8 +18,8 @@ T01 = torch.linspace(0, 1, 1001, dtype=torch.float64)
 
 def on(path, t, kind: str, **numbers) -> np.ndarray:
     """The factor of the loss on the network's own target."""
-    conversion = path.conversion(t)
-    return (weighting(kind, **numbers)(path.snr(t), conversion) / conversion).numpy()
+    factor = conversion(path, t)
+    return (weighting(kind, **numbers)(snr(path, t), factor) / factor).numpy()
 
 
 def on_target(prediction: str, kind: str, **numbers) -> np.ndarray:
@@ -42,7 +42,7 @@ def test_min_snr_is_the_published_formula(gamma):
 def test_the_snr_is_that_of_diffusers():
     path = ddpm("scaled_linear", 0.00085, 0.012, 1000, "epsilon")
     theirs = compute_snr(DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear"), torch.arange(1000))
-    np.testing.assert_allclose(path.snr(torch.arange(1000)).numpy(), theirs.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(snr(path, torch.arange(1000)).numpy(), theirs.numpy(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
