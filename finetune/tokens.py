@@ -23,9 +23,9 @@ Rows = Mapping[str, Mapping[str, Tensor]]       # token -> part -> (vectors, wid
 
 @dataclass(frozen=True)
 class Learned:
-    """What a family knows of its learned tokens."""
+    """What a family knows of its learned tokens. They have the same ids in all of its tokenizers that have any."""
 
-    tokenizer: object               # without them
+    tokenizers: dict[str, object]   # part -> its tokenizer without them
     ids: dict[str, range]           # token -> its ids
     tables: dict[str, "Extended"]   # part -> the table that has their rows
 
@@ -56,7 +56,9 @@ class Extended(nn.Embedding):
 
 
 def text_parts(family) -> list[str]:
-    return [part for part in family.parts if part.startswith("text")]
+    """The text encoders that learn a token: those with the first one's vocabulary, that is, all CLIPs and no T5."""
+    size = len(family.tokenizers["text"])
+    return [part for part, tokenizer in family.tokenizers.items() if len(tokenizer) == size]
 
 
 def initial(tokenizer, table: nn.Embedding, words: str, vectors: int) -> Tensor:
@@ -86,17 +88,20 @@ def extend(family, tokens: Rows, field: str = "") -> Learned:
 
     assert family.learned is None, "the family has learned tokens already"
     vectors = {name: len(next(iter(parts.values()))) for name, parts in tokens.items()}
-    check(family.tokenizer, vectors, field)
-    tokenizer, ids, tables = copy.deepcopy(family.tokenizer), {}, {}
+    before = {part: family.tokenizers[part] for part in text_parts(family)}
+    check(before["text"], vectors, field)
+    first, ids, tables = len(before["text"]), {}, {}
     for name, count in vectors.items():
-        ids[name] = range(len(tokenizer), len(tokenizer) + count)
-        spelled = [name, *(f"{name}_{n}" for n in range(1, count))]
-        tokenizer.add_tokens([AddedToken(word, single_word=True) for word in spelled])
-    for part in text_parts(family):
-        table = family.parts[part].get_input_embeddings()
-        tables[part] = Extended(table, torch.cat([parts[part].to(table.weight.device) for parts in tokens.values()]))
-        family.parts[part].set_input_embeddings(tables[part])
-    family.learned, family.tokenizer = Learned(family.tokenizer, ids, tables), tokenizer
+        ids[name] = range(first, first := first + count)
+    words = [word for name, count in vectors.items() for word in (name, *(f"{name}_{n}" for n in range(1, count)))]
+    for part, tokenizer in before.items():
+        family.tokenizers[part] = copy.deepcopy(tokenizer)
+        family.tokenizers[part].add_tokens([AddedToken(word, single_word=True) for word in words])
+        if part in family.parts:
+            table = family.parts[part].get_input_embeddings()
+            tables[part] = Extended(table, torch.cat([parts[part].to(table.weight.device) for parts in tokens.values()]))
+            family.parts[part].set_input_embeddings(tables[part])
+    family.learned = Learned(before, ids, tables)
     return family.learned
 
 
@@ -111,7 +116,8 @@ def added(family, tokens: Rows) -> Iterator[None]:
     try:
         yield
     finally:
-        family.learned, family.tokenizer = None, learned.tokenizer
+        family.learned = None
+        family.tokenizers |= learned.tokenizers
         for part, table in tables.items():
             family.parts[part].set_input_embeddings(table)
 
@@ -119,17 +125,19 @@ def added(family, tokens: Rows) -> Iterator[None]:
 @contextmanager
 def hidden(family) -> Iterator[None]:
     """Inside, the family is what it was before it got tokens, as a folder of it has to be."""
-    learned, tokenizer = family.learned, family.tokenizer
+    learned, own = family.learned, dict(family.tokenizers)
     if learned is None:
         yield
         return
-    family.learned, family.tokenizer = None, learned.tokenizer
+    family.learned = None
+    family.tokenizers |= learned.tokenizers
     for part, table in learned.tables.items():
         family.parts[part].set_input_embeddings(nn.Embedding.from_pretrained(table.weight.detach()))
     try:
         yield
     finally:
-        family.learned, family.tokenizer = learned, tokenizer
+        family.learned = learned
+        family.tokenizers |= own
         for part, table in learned.tables.items():
             family.parts[part].set_input_embeddings(table)
 

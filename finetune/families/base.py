@@ -45,7 +45,9 @@ CLIP_TARGETS = {"attention": CLIP_ATTENTION, "feed_forward": CLIP_FEED_FORWARD, 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base comes from: a diffusers folder or a hub id, with the name that is fit for metadata."""
+    """Where a base comes from: a diffusers folder or a hub id. All of a base's files are read through it.
+
+    Components go by diffusers' names, such as `unet` or `text_encoder_2`, and so does the index."""
 
     path: str
     revision: str | None
@@ -56,6 +58,10 @@ class Source:
     def name(self) -> str:
         """The hub id, or the folder's own name without the private path to it."""
         return Path(self.path).name if Path(self.path).is_dir() else self.path
+
+    def has(self, component: str) -> bool:
+        """Whether the base has this component; `[null, null]` is how diffusers writes that it has not."""
+        return bool((self.index.get(component) or [None])[0])
 
     def config(self, component: str) -> dict:
         return _object(self.path, f"{component}/config.json", self.revision)
@@ -73,6 +79,34 @@ class Source:
         if any(p.dtype != dtype for p in part.parameters()):       # transformers keeps the file's own dtype
             part.to(dtype)
         return part.requires_grad_(False).eval()
+
+    def tokenizer(self, component: str):
+        """FinetuneError when it is not there, or is not whole: without its files transformers makes an empty one."""
+        import transformers
+
+        kind = str((self.index.get(component) or ["", ""])[1])
+        cls = transformers.T5Tokenizer if kind.startswith("T5") else transformers.CLIPTokenizer     # never a class of a file's
+        try:
+            found = cls.from_pretrained(self.path, subfolder=component, revision=self.revision)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise FinetuneError(f"base.path: {self.path}: its {component} cannot be loaded\n    {e}") from None
+        encoder = component.replace("tokenizer", "text_encoder")
+        wanted = self.config(encoder).get("vocab_size", 49408)      # CLIP's, where a config leaves it out
+        if len(found) != wanted and not (kind.startswith("T5") and 0 <= wanted - len(found) < 128):     # T5 rounds up
+            raise FinetuneError(f"base.path: {self.path}: its {component} has {len(found)} tokens, its {encoder} {wanted}")
+        return found
+
+    def scheduler(self):
+        """The sampler that the base is published with; its config says how the base was trained."""
+        import diffusers
+
+        try:
+            name = self.index["scheduler"][1]
+            if not name.endswith("Scheduler"):      # the file names a class: nothing but a scheduler is built from it
+                raise ValueError(f"model_index.json: {name!r} is no scheduler")
+            return getattr(diffusers, name).from_pretrained(self.path, subfolder="scheduler", revision=self.revision)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError) as e:
+            raise FinetuneError(f"base.path: {self.path}: its scheduler cannot be loaded\n    {e}") from None
 
     def _only_variant(self, component: str) -> str | None:
         """`fp16` for a folder that holds nothing but *.fp16.safetensors, which diffusers does not find by itself."""
@@ -133,19 +167,31 @@ def _fetch(path: str, file: str, revision: str | None) -> Path:
 
 
 def check_family(source: Source, spec: FamilySpec, known: list[str]) -> None:
-    """Raise FinetuneError when the source's pipeline is another family's."""
-    name = str(source.index.get("_class_name", ""))
-    found = next((family for word, family in (("XL", "sdxl"), ("Diffusion3", "sd3"), ("Flux", "flux"))
-                  if word in name), None)
-    if not found and "unet" in source.index:
-        config = source.config("unet")
-        if (channels := config.get("in_channels")) != 4 or config.get("class_embed_type"):
-            found = f"a variant of Stable Diffusion with {channels} input channels (inpainting, depth, upscaling, …)"
-        elif config.get("cross_attention_dim") == 1024:
-            found = "sd2"
-    if found or not name.startswith("StableDiffusion"):
+    """Raise FinetuneError when the source is another family's."""
+    found = kind_of(source)
+    if found != spec.name:
         advice = f"use family: {found}" if found in known else f"this version trains: {', '.join(known)}"
-        raise FinetuneError(f"base.family: {spec.name}, but {source.path} is {found or name or 'no pipeline'}: {advice}")
+        raise FinetuneError(f"base.family: {spec.name}, but {source.path} is {found}: {advice}")
+
+
+def kind_of(source: Source) -> str:
+    """The family of a source by its pipeline and its UNet's config, or in words what else it is."""
+    name = str(source.index.get("_class_name", ""))
+    if found := next((family for word, family in (("Diffusion3", "sd3"), ("Flux", "flux")) if word in name), None):
+        return found
+    if not name.startswith("StableDiffusion"):
+        return name or "no pipeline"
+    xl = "sdxl" if "XL" in name else None
+    if "unet" not in source.index:
+        return xl or name
+    unet = source.config("unet")
+    channels, width = unet.get("in_channels", 4), unet.get("cross_attention_dim")
+    if xl and (width == 1280 or "text_encoder" in source.index and not source.has("text_encoder")):
+        return "the refiner of SDXL, which only ends what its base began"
+    if channels not in (4, 9) or unet.get("class_embed_type") or unet.get("num_class_embeds"):
+        return f"a variant of Stable Diffusion with {channels} input channels (depth, upscaling, …)"
+    # The width of the text tells the published ones apart; of smaller ones, that since SD 2 proj_in is linear.
+    return xl or {768: "sd1", 1024: "sd2"}.get(width) or ("sd2" if unet.get("use_linear_projection") else "sd1")
 
 
 def weight(parts: dict[str, nn.Module], part: str, path: str, role: str = "weight") -> nn.Parameter | None:
@@ -236,7 +282,8 @@ def write(family, path: Path, dtype: torch.dtype) -> None:
 def publish_text_encoder(folder: Path) -> None:
     """Rewrite a saved CLIP under the names with `text_model.`: what transformers ≥ 5.6 saves without it, no tool reads."""
     file = folder / "model.safetensors"
-    tensors = {name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in read_tensors(file).items()}
+    tensors = {name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": t
+               for name, t in read_tensors(file).items()}
     write_safetensors(file, tensors, {"format": "pt"})
 
 

@@ -26,7 +26,7 @@ class Embedding:
     def install(self, family) -> None:
         self.family, self.trains = family.spec.name, tuple(learned.text_parts(family))
         tables = {part: family.parts[part].get_input_embeddings() for part in self.trains}
-        rows = {name: {part: learned.initial(family.tokenizer, table, words["init"], words["vectors"])
+        rows = {name: {part: learned.initial(family.tokenizers[part], table, words["init"], words["vectors"])
                        for part, table in tables.items()} for name, words in self.tokens.items()}
         found = learned.extend(family, rows, "method.tokens: ")
         self.tables, first = found.tables, len(next(iter(tables.values())).weight)

@@ -187,8 +187,7 @@ def class_pictures(recipe: Recipe, ground: Ground, accelerator: Accelerator, say
 
 def check_prompt(key: str, prompt: str, family) -> None:
     """Raise FinetuneError for a prompt that the sampler would cut: it takes one piece, however captions are taken."""
-    pieces, lost = family.pieces(prompt)
-    if cut := family.tokenizer.decode(sum(pieces[1:], lost)):
+    if cut := family.cut_prompt(prompt):
         raise FinetuneError(f"{key}: {prompt!r} is too long for the text encoder: it would lose {cut!r}")
 
 
@@ -197,7 +196,7 @@ def encoded(ground: Ground, trains: tuple[str, ...], steps: int, accelerator: Ac
     captions that differ at every draw are too many to be: of these, those that `steps` steps will draw are looked at."""
     family, quiet = ground.family, not accelerator.is_main_process
     vae, text = encoders(ground, accelerator.device.type)
-    listed = "text" not in trains and all(stream.captions.finite for stream in ground.all)
+    listed = not any(part.startswith("text") for part in trains) and all(stream.captions.finite for stream in ground.all)
     if not listed:
         encode.refuse([problem for s in ground.all for problem in encode.check_drawn(
             s, s.order.steps if s is ground.validation else steps, family.cut_text)])
@@ -225,7 +224,7 @@ def encoders(ground: Ground, device_type: str) -> tuple[str, str]:
     part = {name: [ground.weights[name], families.settings(module)] for name, module in family.parts.items()}
     text = [part[name] for name in sorted(part) if name not in ("denoiser", "vae")]
     return (cache.key(part["vae"], device_type),
-            cache.key(text, families.vocabulary(family.tokenizer), family.long, device_type))
+            cache.key(text, family.text_settings(), device_type))
 
 
 def describe(recipe: Recipe, ground: Ground) -> list[str]:

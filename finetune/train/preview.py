@@ -36,7 +36,7 @@ def generate(pipeline, jobs: list[tuple[str, int]], steps: int, guidance: float,
             some = jobs[start:start + batch]
             with torch.no_grad():
                 pictures = pipeline([prompt for prompt, _ in some], num_inference_steps=steps, guidance_scale=guidance,
-                                    negative_prompt=[negative] * len(some),
+                                    negative_prompt=[negative] * len(some) if negative else None,   # not "": see `zeros`
                                     generator=[torch.Generator().manual_seed(seed) for _, seed in some], **options).images
             bar.update(len(some))
             yield from pictures

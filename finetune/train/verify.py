@@ -124,18 +124,27 @@ def states(family, token: str) -> Tensor:
 
 @torch.no_grad()
 def by_textual_inversion(path: Path, token: str, family) -> Tensor:
-    """The same with the file loaded by diffusers, into a tokenizer and a table without learned tokens."""
-    pipeline, encoder = family.pipeline(), family.parts["text"]
-    table, size = encoder.get_input_embeddings(), encoder.config.vocab_size
-    pipeline.tokenizer = copy.deepcopy(family.learned.tokenizer if family.learned else family.tokenizer)
-    encoder.set_input_embeddings(nn.Embedding.from_pretrained(table.weight.detach().clone()))
+    """The same with the file loaded by diffusers, into tokenizers and tables without learned tokens; of several encoders
+    each gets its own tensor by hand, which is how diffusers wants it."""
+    pipeline, spec = family.pipeline(), family.spec
+    plain = family.learned.tokenizers if family.learned else family.tokenizers
+    encoders = {part: family.parts[part] for part in tokens.text_parts(family)}
+    files = {part: {token: rows} for part, rows in formats.rows(formats.load(path, spec)).items()} if len(encoders) > 1 else {
+        "text": str(path)}
+    before = {part: (encoder.get_input_embeddings(), encoder.config.vocab_size) for part, encoder in encoders.items()}
     try:
-        pipeline.load_textual_inversion(str(path), token=token)
+        for part, encoder in encoders.items():
+            encoder.set_input_embeddings(nn.Embedding.from_pretrained(before[part][0].weight.detach().clone()))
+            words = copy.deepcopy(plain[part])
+            setattr(pipeline, spec.components[part].replace("text_encoder", "tokenizer"), words)
+            pipeline.load_textual_inversion(files[part], token=token, text_encoder=encoder, tokenizer=words)
         with resting(family.parts):
-            return pipeline.encode_prompt([prompt.format(token) for prompt in PROMPTS], encoder.device, 1, False)[0].float()
+            return pipeline.encode_prompt([prompt.format(token) for prompt in PROMPTS], device=pipeline.device,
+                                          num_images_per_prompt=1, do_classifier_free_guidance=False)[0].float()
     finally:
-        encoder.set_input_embeddings(table)
-        encoder.config.vocab_size = size
+        for part, (table, size) in before.items():
+            encoders[part].set_input_embeddings(table)
+            encoders[part].config.vocab_size = size
 
 
 def by_itself(artifact: Artifact, family, wanted: Tensor) -> Check:

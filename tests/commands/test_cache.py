@@ -8,7 +8,7 @@ import torch
 from finetune.cli import main
 from finetune.data import cache
 from finetune.families import base as families
-from finetune.families import sd1
+from finetune.families import _unet, sd1
 from finetune.train import ground
 
 N = 7       # pictures in the fixture, all of the recipe mirrored too
@@ -24,8 +24,8 @@ def calls(monkeypatch) -> list[str]:
     """The encoders that were called."""
     made = []
     for name in ("moments", "encode_text"):
-        real = getattr(sd1.SD1, name)
-        monkeypatch.setattr(sd1.SD1, name, lambda self, x, name=name, real=real: made.append(name) or real(self, x))
+        real = getattr(_unet.UNetFamily, name)
+        monkeypatch.setattr(_unet.UNetFamily, name, lambda self, x, name=name, real=real: made.append(name) or real(self, x))
     return made
 
 
@@ -99,7 +99,7 @@ def test_what_tells_encoders_apart():
     family.parts["text"].config.hidden_act = "gelu"         # the same weights, and another encoder
     assert encoders(family)[1] != text
     family = sd1.load("tiny")
-    rules = json.loads(family.tokenizer.backend_tokenizer.to_str())
+    rules = json.loads(family.tokenizers["text"].backend_tokenizer.to_str())
     rules["normalizer"] = None
-    family.tokenizer._tokenizer = type(family.tokenizer.backend_tokenizer).from_str(json.dumps(rules))
+    family.tokenizers["text"]._tokenizer = type(family.tokenizers["text"].backend_tokenizer).from_str(json.dumps(rules))
     assert encoders(family) == (vae, encoders(family)[1]) and encoders(family)[1] != text

@@ -28,7 +28,7 @@ def colours(count):
 
 def by_hand(family, caption):
     """A caption of at most 75 tokens, by the tokenizer's own padding."""
-    ids = family.tokenizer([caption], padding="max_length", return_tensors="pt").input_ids
+    ids = family.tokenizers["text"]([caption], padding="max_length", return_tensors="pt").input_ids
     assert ids.shape == (1, 77)
     return family.parts["text"](ids)[0].float()
 
@@ -51,7 +51,7 @@ def test_a_long_caption_is_an_error_by_default(family):
 @torch.no_grad()
 def test_truncate_keeps_what_the_tokenizer_keeps(family):
     family.long = "truncate"
-    ids = family.tokenizer(colours(90), truncation=True, return_tensors="pt").input_ids
+    ids = family.tokenizers["text"](colours(90), truncation=True, return_tensors="pt").input_ids
     told = family.encode_text([colours(90)])
     assert torch.equal(told.tokens, family.parts["text"](ids)[0]) and told.mask is None
     assert torch.equal(told.tokens, by_hand(family, colours(75)))

@@ -97,7 +97,8 @@ def test_an_index_that_is_no_json_is_told(base, file, content):
 def test_another_familys_pipeline_is_named(base, name, family):
     edit(base / "model_index.json", _class_name=name)
     said = problem(base)
-    assert said.startswith("base.family: sd1, but") and f"is {family}: this version trains" in said
+    advice = f"use family: {family}" if family == "sdxl" else "this version trains: sd1, sd2, sdxl"
+    assert said.startswith("base.family: sd1, but") and f"is {family}: {advice}" in said
 
 
 def test_a_family_that_is_known_is_recommended(base):
@@ -106,7 +107,7 @@ def test_a_family_that_is_known_is_recommended(base):
         families.check_family(locate(str(base)), sd1.SPEC, ["sd1", "sdxl"])
 
 
-@pytest.mark.parametrize("fields, what", [({"cross_attention_dim": 1024}, "sd2"), ({"in_channels": 9}, "inpainting")])
+@pytest.mark.parametrize("fields, what", [({"cross_attention_dim": 1024}, "use family: sd2"), ({"in_channels": 5}, "depth")])
 def test_a_relative_in_the_same_pipeline_is_told_by_its_unet(base, fields, what):
     edit(base / "unet" / "config.json", **fields)
     assert what in problem(base)

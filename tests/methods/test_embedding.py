@@ -18,7 +18,7 @@ def family():
 
 def test_a_token_of_several_vectors_is_spelled_out_as_diffusers_does(family):
     prompts = ["a Sks-Dog's house, sks-hut", "(sks-dog) and sks-dogs", "asks-dog", "a red circle"]
-    before = family.tokenizer, family.parts["text"].get_input_embeddings()
+    before = family.tokenizers["text"], family.parts["text"].get_input_embeddings()
     with tokens.added(family, ROWS):
         pieces = [family.pieces(prompt)[0][0] for prompt in prompts]
         states = family.encode_text([prompts[3], "a sks-dog and a sks-hut"]).tokens
@@ -26,15 +26,15 @@ def test_a_token_of_several_vectors_is_spelled_out_as_diffusers_does(family):
     assert pieces[0][1:4] == [950, 951, 952] and pieces[0][-1] == 953
     assert pieces[1].count(950) == 1 and 950 not in pieces[2]
     assert torch.equal(states, again)
-    assert (family.tokenizer, family.parts["text"].get_input_embeddings()) == before and family.learned is None
+    assert (family.tokenizers["text"], family.parts["text"].get_input_embeddings()) == before and family.learned is None
     assert torch.equal(family.encode_text([prompts[3]]).tokens, states[:1])
 
 
 def test_the_table_has_no_gradient_and_its_rows_begin_as_the_words(family):
     table = family.parts["text"].get_input_embeddings()
-    red, circle = table.weight[family.tokenizer("red circle", add_special_tokens=False).input_ids]
-    assert torch.allclose(tokens.initial(family.tokenizer, table, "red circle", 1)[0], (red + circle) / 2)
-    assert torch.equal(tokens.initial(family.tokenizer, table, "red circle", 3), torch.stack([red, circle, red]))
+    red, circle = table.weight[family.tokenizers["text"]("red circle", add_special_tokens=False).input_ids]
+    assert torch.allclose(tokens.initial(family.tokenizers["text"], table, "red circle", 1)[0], (red + circle) / 2)
+    assert torch.equal(tokens.initial(family.tokenizers["text"], table, "red circle", 3), torch.stack([red, circle, red]))
     learned = tokens.extend(family, ROWS)
     family.encode_text(["a sks-dog"]).tokens.sum().backward()
     rows = learned.tables["text"].learned

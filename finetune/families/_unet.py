@@ -1,0 +1,200 @@
+"""Stable Diffusion with a UNet: text by cross-attention, one CLIP or two, a VAE (Rombach et al. 2022, Podell et al. 2024).
+
+Shapes: B batch · L tokens · D text width · P pooled width · C latent channels · H W pixels · h w = H W / VAE stride.
+"""
+
+from functools import cached_property
+from pathlib import Path as Folder
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from finetune import registry
+from finetune.batch import Conditioning, joined
+from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
+from finetune.errors import FinetuneError
+from finetune.families import _clip
+from finetune.families.base import FamilySpec, Source, check_family, locate, publish_text_encoder, vocabulary
+from finetune.families._clip import Clip
+from finetune.tokens import Learned
+
+CROSS = ("*.attn2.to_q", "*.attn2.to_k", "*.attn2.to_v", "*.attn2.to_out.0")
+SELF = ("*.attn1.to_q", "*.attn1.to_k", "*.attn1.to_v", "*.attn1.to_out.0")
+FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2")
+TARGETS = {
+    "cross_attention": CROSS,
+    "attention": SELF + CROSS,
+    "feed_forward": FEED_FORWARD,
+    # What sd-scripts calls conv_dim: the layers of the blocks without attention (86 modules in SD 1.5)
+    "conv": ("*.resnets.*.conv1", "*.resnets.*.conv2", "*.resnets.*.conv_shortcut", "*.resnets.*.time_emb_proj",
+             "*.downsamplers.*.conv", "*.upsamplers.*.conv"),
+    # sd-scripts' default: every Linear and 1×1 convolution inside the transformer blocks (192 modules in SD 1.5)
+    "all": SELF + CROSS + FEED_FORWARD + ("*.attentions.*.proj_in", "*.attentions.*.proj_out"),
+}
+
+
+class UNetFamily:
+    """A frozen base and the only code that knows how to call it. `text` says what is taken of each text encoder."""
+
+    long: Literal["error", "truncate", "chunk"] = "error"      # what becomes of a caption that the text encoder cannot take
+    learned: Learned | None = None                              # the tokens that were added to the tokenizers' own
+
+    def __init__(self, spec: FamilySpec, text: dict[str, Clip], source: Source, parts: dict[str, nn.Module],
+                 tokenizers: dict[str, object], scheduler):
+        self.spec, self.text, self.source, self.parts = spec, text, source, parts
+        self.tokenizers, self.scheduler = tokenizers, scheduler
+        self.path = noising(scheduler.config)
+
+    @cached_property
+    def stride(self) -> int:
+        """Pixels per latent, along each axis."""
+        return 2 ** (len(self.source.config("vae").get("block_out_channels", [64])) - 1)
+
+    @property
+    def zeros(self) -> bool:
+        """Whether no text at all is zeros, and not what the encoders make of "": SDXL was trained so."""
+        return "text_2" in self.text and bool(self.source.index.get("force_zeros_for_empty_prompt", True))
+
+    @torch.no_grad()
+    def moments(self, pixels_B3HW: Tensor) -> Tensor:
+        """Mean and log-variance of the VAE's posterior, (B, 2C, h, w) float32; the same inside the loop as before it."""
+        vae = self.parts["vae"]
+        with torch.autocast(vae.device.type, enabled=False):
+            posterior = vae.encode(pixels_B3HW.to(vae.device, vae.dtype)).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], 1).float()
+
+    def latents(self, moments: Tensor, noise_BChw: Tensor) -> Tensor:
+        """A sample of the posterior as the denoiser wants it, (B, C, h, w); `noise` is standard normal."""
+        mean, logvar = moments.chunk(2, 1)
+        return (mean + (0.5 * logvar).exp() * noise_BChw) * self.parts["vae"].config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents_BChw: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W), about [-1, 1]."""
+        vae = self.parts["vae"]
+        return vae.decode(latents_BChw.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float()
+
+    def pieces(self, caption: str) -> tuple[list[list[int]], list[int]]:
+        """The caption's tokens in pieces that the text encoders can take, and those that would be lost unordered. The
+        tokenizers differ in nothing but what they fill up with."""
+        words = self.tokenizers["text"]
+        ids = words(caption, add_special_tokens=False, verbose=False).input_ids
+        ids = self.learned.spelled(ids) if self.learned else ids
+        pieces, lost = _clip.split(ids, words.model_max_length - 2, _clip.PIECES if self.long == "chunk" else 1)
+        return pieces, [] if self.long == "truncate" else lost
+
+    def cut_text(self, caption: str) -> str:
+        """The end of the caption that would be lost unordered: unless it is empty, `encode_text` refuses the caption."""
+        return self.tokenizers["text"].decode(self.pieces(caption)[1])
+
+    def cut_prompt(self, prompt: str) -> str:
+        """What the sampler would lose of a prompt: it takes one piece, however captions are taken."""
+        pieces, lost = self.pieces(prompt)
+        return self.tokenizers["text"].decode(sum(pieces[1:], lost))
+
+    def encode_text(self, captions: list[str]) -> Conditioning:
+        """(B, L, D) float32, and (B, P) of SDXL; with `long: chunk` the pieces of a caption stand one behind the other and
+        the first is pooled, as web UIs have it. Where `zeros`, an empty caption is the pipeline's missing negative prompt.
+
+        Raises FinetuneError for a caption that would be cut, unless `long: truncate` orders it."""
+        pieces, lost = zip(*map(self.pieces, captions))
+        for caption, own, cut in zip(captions, pieces, lost):
+            if cut:
+                raise FinetuneError(f"a caption is longer than {sum(map(len, own))} tokens; "
+                                    f"it would lose {self.tokenizers['text'].decode(cut)!r}:\n    {caption}")
+        every = [piece for own in pieces for piece in own]
+        found = [_clip.states(self.parts[part], self.tokenizers[part], every, take) for part, take in self.text.items()]
+        counts = [len(own) for own in pieces]
+        states = torch.cat([own for own, _ in found], -1).split(counts)         # of each caption: (pieces, 77, D)
+        pooled = next((own.split(counts) for _, own in found if own is not None), [None] * len(captions))
+        told = [Conditioning(own.flatten(0, 1)[None], one if one is None else one[:1]) for own, one in zip(states, pooled)]
+        return joined([nothing(own) if self.zeros and not caption else own for own, caption in zip(told, captions)])
+
+    def text_settings(self) -> list:
+        """All that decides text states beside the encoders themselves."""
+        return [self.long, self.zeros, *([vocabulary(words), words.pad_token_id] for words in self.tokenizers.values())]
+
+    def denoise(self, x_BChw: Tensor, t_B: Tensor, conditioning: Conditioning, geometry_B6: Tensor) -> Tensor:
+        """The network's prediction, (B, C, h, w) float32. Only SDXL is told the geometry, and what is pooled."""
+        unet = self.parts["denoiser"]
+        added = {}
+        if conditioning.pooled is not None:
+            added = {"added_cond_kwargs": {"text_embeds": conditioning.pooled.to(unet.dtype), "time_ids": geometry_B6}}
+        return unet(x_BChw.to(unet.dtype), t_B, encoder_hidden_states=conditioning.tokens.to(unet.dtype),
+                    encoder_attention_mask=conditioning.mask, **added).sample.float()
+
+    def pipeline(self):
+        """The diffusers pipeline over these very parts."""
+        import diffusers
+
+        components = {self.spec.components[part]: module for part, module in self.parts.items()} | {
+            tokenizer(self.spec, part): words for part, words in self.tokenizers.items()}
+        # A scheduler of its own: sampling rewrites its tables.
+        components["scheduler"] = type(self.scheduler).from_config(self.scheduler.config)
+        if "text_2" in self.text:
+            return diffusers.StableDiffusionXLPipeline(**components, force_zeros_for_empty_prompt=self.zeros,
+                                                       add_watermarker=False)
+        return diffusers.StableDiffusionPipeline(**components, safety_checker=None, feature_extractor=None,
+                                                 requires_safety_checker=False)
+
+    def save(self, folder: Folder, dtype: torch.dtype) -> None:
+        """A diffusers folder with the weights in `dtype`, under the published names."""
+        for module in self.parts.values():
+            module.to(dtype)
+        self.pipeline().save_pretrained(folder)
+        for part, words in self.tokenizers.items():
+            publish_text_encoder(folder / self.spec.components[part])
+            words.backend_tokenizer.model.save(str(folder / tokenizer(self.spec, part)))      # vocab.json, merges.txt
+
+
+def nothing(told: Conditioning) -> Conditioning:
+    return Conditioning(torch.zeros_like(told.tokens), None if told.pooled is None else torch.zeros_like(told.pooled))
+
+
+def tokenizer(spec: FamilySpec, part: str) -> str:
+    """The component of a text encoder's tokenizer."""
+    return spec.components[part].replace("text_encoder", "tokenizer")
+
+
+def noising(config) -> Discrete:
+    """The path that a scheduler config describes. Raises FinetuneError for one that is not known here."""
+    if config.prediction_type not in PREDICTIONS:
+        raise FinetuneError(f"base.path: its scheduler predicts {config.prediction_type!r}; known: {', '.join(PREDICTIONS)}")
+    own = config.get("trained_betas")
+    try:
+        return ddpm(config.beta_schedule if own is None else list(own), config.beta_start, config.beta_end,
+                    config.num_train_timesteps, config.prediction_type, bool(config.get("rescale_betas_zero_snr")))
+    except ValueError as e:
+        raise FinetuneError(f"base.path: its scheduler: {e}") from None
+
+
+def load(spec: FamilySpec, text: dict[str, Clip], path: str, dtype: torch.dtype = torch.float32, revision: str | None = None,
+         variant: str | None = None) -> UNetFamily:
+    """The base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is another family's."""
+    bare = outline(spec, text, path, revision, variant)
+    import diffusers
+    import transformers
+
+    classes = {"denoiser": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL} | {
+        part: transformers.CLIPTextModelWithProjection if take.pooled else transformers.CLIPTextModel
+        for part, take in text.items()}
+    # In float16 the VAE of SDXL overflows: its config says so, and its pipeline would bring it to float32 for each picture.
+    upcast = dtype == torch.float16 and "text_2" in text and bare.source.config("vae").get("force_upcast", True)
+    parts = {part: bare.source.load(classes[part], component, torch.float32 if part == "vae" and upcast else dtype)
+             for part, component in spec.components.items()}
+    for part, take in text.items():
+        if take.pooled:
+            _clip.end_at(parts[part], bare.tokenizers[part].eos_token_id)
+    if upcast:
+        parts["vae"].post_quant_conv.register_forward_pre_hook(lambda layer, latents: (latents[0].float(),))
+    return UNetFamily(spec, text, bare.source, parts, bare.tokenizers, bare.scheduler)
+
+
+def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | None = None,
+            variant: str | None = None) -> UNetFamily:
+    """The base without its parts and their weights: enough to count tokens and to plan sizes."""
+    source = locate(path, revision, variant)
+    check_family(source, spec, registry.names("families"))
+    return UNetFamily(spec, text, source, {}, {part: source.tokenizer(tokenizer(spec, part)) for part in text},
+                      source.scheduler())

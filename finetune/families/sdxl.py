@@ -1,0 +1,22 @@
+"""Stable Diffusion XL: CLIP-L beside OpenCLIP-G, both without their last layer, and the picture's size (Podell et al. 2024).
+
+The UNet is told six numbers of each picture: its original height and width, where it was cropped, the size of the crop."""
+
+from functools import partial
+
+from finetune.families import _unet
+from finetune.families._clip import Clip
+from finetune.families.base import FamilySpec
+
+SPEC = FamilySpec(
+    name="sdxl",
+    components={"denoiser": "unet", "text": "text_encoder", "text_2": "text_encoder_2", "vae": "vae"},
+    kohya={"denoiser": "lora_unet", "text": "lora_te1", "text_2": "lora_te2"},
+    base_version="sdxl_base_v1-0",
+    architecture="stable-diffusion-xl-v1-base",
+    targets=_unet.TARGETS,
+)
+TEXT = {"text": Clip(hidden=-2), "text_2": Clip(hidden=-2, pooled=True)}
+
+load = partial(_unet.load, SPEC, TEXT)
+outline = partial(_unet.outline, SPEC, TEXT)
