@@ -68,6 +68,61 @@ def train(monkeypatch):
     return call
 
 
+@pytest.fixture(scope="session")
+def member(tmp_path_factory):
+    """A known model with its real blocks and names, but narrow, with random weights and the tiny base's words: name → folder."""
+    made = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = build_member(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return make
+
+
+def build_member(name: str, folder: Path) -> Path:
+    import diffusers
+    import torch
+    import transformers
+
+    from finetune.families.base import publish_text_encoder, quiet
+
+    quiet()
+    parts = json.loads((ROOT / "finetune" / "assets" / "configs" / f"{name}.json").read_text())
+    tiny = ROOT / "finetune" / "assets" / "tiny" / "tokenizer"
+    widths = {"text_encoder": 32, "text_encoder_2": 64}
+    encoders = [part for part in parts if part in widths]
+    blocks = len(parts["unet"]["block_out_channels"])
+    heads = parts["unet"]["attention_head_dim"]
+    parts["unet"] |= {"block_out_channels": [32, 32, 64, 64][-blocks:], "norm_num_groups": 8, "sample_size": 8,
+                      "attention_head_dim": [2, 2, 4, 4][-blocks:] if isinstance(heads, list) else heads,
+                      "cross_attention_dim": sum(widths[part] for part in encoders)}
+    if "text_encoder_2" in encoders:
+        parts["unet"] |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 64,
+                          "transformer_layers_per_block": [1, 1, 2]}
+    parts["vae"] |= {"block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8, "sample_size": 64}
+    torch.manual_seed(0)
+    made = {"unet": diffusers.UNet2DConditionModel.from_config(parts["unet"]),
+            "vae": diffusers.AutoencoderKL.from_config(parts["vae"]),
+            "scheduler": getattr(diffusers, parts["scheduler"]["_class_name"]).from_config(parts["scheduler"])}
+    for part in encoders:
+        tokens = transformers.CLIPTokenizer.from_pretrained(tiny, pad_token=parts[tokenizer(part)]["pad_token"])
+        config = transformers.CLIPTextConfig(**parts[part] | {
+            "hidden_size": widths[part], "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3,
+            "projection_dim": 64, "vocab_size": len(tokens), "bos_token_id": tokens.bos_token_id})
+        made |= {part: getattr(transformers, parts[part]["architectures"][0])(config), tokenizer(part): tokens}
+    extra = {key: value for key, value in parts["model_index"].items() if key.startswith("force")}
+    if "text_encoder_2" not in encoders:
+        extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    getattr(diffusers, parts["model_index"]["_class_name"])(**made, **extra).save_pretrained(folder)
+    for part in encoders:
+        publish_text_encoder(folder / part)
+    return folder
+
+
+def tokenizer(part: str) -> str:
+    return part.replace("text_encoder", "tokenizer")
 
 
 @pytest.fixture(scope="session")

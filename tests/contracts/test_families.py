@@ -1,60 +1,122 @@
-"""What every family promises, on the tiny base: it calls the model exactly as the diffusers pipeline does."""
+"""What every family promises, on the tiny base and a narrow member of each: it calls the model exactly as diffusers does."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
-from finetune import registry
+from finetune import registry, tokens
+from finetune.batch import Conditioning
 from finetune.data import encode
 from finetune.data.loader import Encoded
+from finetune.diffusion import noise
 from finetune.diffusion.weights import weighting
 from finetune.errors import FinetuneError
+from finetune.families.base import kind_of, locate
 from finetune.objectives.denoise import Denoise
+
+MEMBERS = ["tiny", "sd15", "sd21-base", "sd21", "sdxl"]
+CAPTIONS = ["a red circle on white", "a blue star on navy"]
+LONG = " ".join(["red", "blue", "green"][n * n % 7 % 3] for n in range(100))
+
+
+@pytest.fixture(scope="module", params=MEMBERS)
+def family(request, member):
+    path = request.param if request.param == "tiny" else str(member(request.param))
+    return registry.find("families", kind_of(locate(path))).load(path)
 
 
 @pytest.fixture(scope="module")
-def family():
-    return registry.find("families", "sd1").load("tiny")
+def size(family) -> int:
+    """Of pictures that its UNet can halve three times."""
+    return 32 if family.source.name == "tiny" else 64
+
+
+@pytest.fixture
+def own(family):
+    """The family, which a test may change."""
+    yield family
+    for name in ("long", "denoise"):
+        family.__dict__.pop(name, None)
+
+
+def draw(family, batch, stream, size):
+    return noise.normal((4, size // family.stride, size // family.stride), 0, batch.positions, stream)
+
+
+def told(family, prompts):
+    """What the pipeline makes of prompts, and of no negative prompt."""
+    found = family.pipeline().encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    return (Conditioning(found[0], *found[2:3]), Conditioning(found[1], *found[3:])) if len(found) == 4 else map(Conditioning, found)
+
+
+def test_every_family_has_a_member(member):
+    known = {kind_of(locate(name if name == "tiny" else str(member(name)))) for name in MEMBERS}
+    assert known == {name for name in registry.names("families")}
 
 
 def test_text_is_what_the_pipeline_encodes(family):
-    captions = ["a red circle on white", ""]
-    embeds, _ = family.pipeline().encode_prompt(captions, "cpu", 1, False)
-    assert torch.equal(family.encode_text(captions).tokens, embeds)
+    with torch.no_grad():
+        mine, nothing = family.encode_text(CAPTIONS), family.encode_text(["", ""])
+    for ours, theirs in zip((mine, nothing), told(family, CAPTIONS)):
+        assert torch.equal(ours.tokens, theirs.tokens) and ours.mask is None
+        assert (ours.pooled is None) == (theirs.pooled is None) and (ours.pooled is None or torch.equal(ours.pooled, theirs.pooled))
+    assert (nothing.tokens == 0).all() == (family.spec.name == "sdxl")
 
 
-def test_sampling_by_hand_is_what_the_pipeline_samples(family):
-    pipe = family.pipeline()
+def test_a_call_of_the_network_is_that_of_the_pipeline(family, monkeypatch):
+    """A whole sampling run, with guidance, in a size of its own: each call of the UNet, and what comes out."""
+    pipe, calls, real = family.pipeline(), [], family.parts["denoiser"].forward
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    captions = ["a red circle on white", "a blue star on navy"]
-    theirs = pipe(captions, latents=x, guidance_scale=1.0, num_inference_steps=5, output_type="latent").images
+
+    def spy(sample, timestep, encoder_hidden_states, **rest):
+        out = real(sample, timestep, encoder_hidden_states=encoder_hidden_states, **rest)
+        calls.append((sample, timestep, out[0]))
+        return out
+
+    step = family.stride
+    x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    more = {"original_size": (900, 700), "crops_coords_top_left": (3, 5), "target_size": (512, 640)} if family.spec.name == "sdxl" else {}
+    monkeypatch.setattr(family.parts["denoiser"], "forward", spy)
+    theirs = pipe(CAPTIONS, latents=x, guidance_scale=3.0, num_inference_steps=3, output_type="latent", height=8 * step,
+                  width=16 * step, **more).images
+    monkeypatch.undo()
+    geometry = torch.tensor([[900, 700, 3, 5, 512, 640]] * 4)
     with torch.no_grad():
-        told = family.encode_text(captions)
-        for t in pipe.scheduler.timesteps:
-            x = pipe.scheduler.step(family.denoise(x, t.expand(2), told, torch.zeros(2, 6)), t, x).prev_sample
+        conditioning = family.encode_text(["", "", *CAPTIONS])
+        for (sample, t, wanted), now in zip(calls, pipe.scheduler.timesteps, strict=True):
+            found = family.denoise(sample, t.expand(4), conditioning, geometry)
+            assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+            without, guided = family.denoise(torch.cat([x, x]), now.expand(4), conditioning, geometry).chunk(2)
+            x = pipe.scheduler.step(without + 3 * (guided - without), now, x).prev_sample
     assert (x - theirs).norm() <= 1e-5 * theirs.norm()
+    if more:
+        assert not torch.allclose(family.denoise(sample, t.expand(4), conditioning, geometry + 1), found, rtol=1e-6)
 
 
-def test_pixels_survive_the_vae(family, pictures, streamed):
+def test_pixels_survive_the_vae(family, pictures, streamed, size):
     pixels = streamed(pictures, 64).batch({0: 0, 1: 1}, 1.0).pixels
-    moments = family.moments(pixels)
-    latents = family.latents(moments, torch.zeros(2, 4, 16, 16))
-    assert latents.shape == (2, 4, 64 // family.stride, 64 // family.stride)
-    assert (family.decode_latents(latents) - pixels).square().mean() < 0.05     # pictures unlike its world
-    assert 0.3 < latents.std() < 3          # scaled as the denoiser wants them
+    moments, side = family.moments(pixels), 64 // family.stride
+    latents = family.latents(moments, torch.zeros(2, 4, side, side))
+    assert latents.shape == (2, 4, side, side)
+    theirs = family.parts["vae"].encode(pixels).latent_dist.mode() * family.parts["vae"].config.scaling_factor
+    assert torch.equal(latents, theirs)
+    drawn = family.decode_latents(latents)
+    assert torch.allclose(drawn, family.parts["vae"].decode(theirs / family.parts["vae"].config.scaling_factor).sample)
+    if family.source.name == "tiny":        # the others' weights are random
+        assert (drawn - pixels).square().mean() < 0.05      # pictures unlike its world
+        assert 0.3 < latents.std() < 3      # scaled as the denoiser wants them
 
 
-def test_cached_and_uncached_losses_agree(family, pictures, streamed):
+def test_cached_and_uncached_losses_agree(family, pictures, streamed, size):
     seen = dict(flip=True, dropout=0.3, stride=family.stride, seed=3)
-    plain = streamed(pictures, 32, **seen)
+    plain = streamed(pictures, size, **seen)
     objective = Denoise(weight=weighting("min_snr", gamma=5.0))
     encoded = Encoded(encode.pictures(plain.index, plain.sizes, plain.view, family.moments, quiet=True),
                       encode.texts([(plain.index, plain.captions)], family.encode_text, family.cut_text), family.latents)
-    cached = streamed(pictures, 32, encoded=encoded, **seen)
+    cached = streamed(pictures, size, encoded=encoded, **seen)
     with torch.no_grad():
         for step in (0, 3):
             one, other = (objective(family, s.batch(s.positions(step, range(4)), 0.25), 3) for s in (cached, plain))
@@ -62,58 +124,77 @@ def test_cached_and_uncached_losses_agree(family, pictures, streamed):
             assert torch.allclose(one.loss, other.loss, rtol=1e-4)
 
 
-def test_a_mask_and_weights_decide_what_counts(family, pictures, streamed):
+def test_a_mask_and_weights_decide_what_counts(own, pictures, streamed, size):
     """Against the mean over the mask, written out; what the mask leaves out has no gradient."""
-    batch = streamed(pictures, 32, stride=family.stride).batch({5: 0, 9: 1}, 0.5)
-    mask = torch.zeros(2, 1, 8, 8)
+    batch, side = streamed(pictures, size, stride=own.stride).batch({5: 0, 9: 1}, 0.5), size // own.stride
+    mask = torch.zeros(2, 1, side, side)
     mask[..., :3] = 1
-    plain = Denoise()
-    real, error = family.denoise, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    target = []
-    family.denoise = lambda x, *rest: target.append(x) or torch.zeros_like(x)
-    zero = plain(family, batch, 0)
-    family.denoise = lambda x, *rest: error
-    losses = plain(family, replace(batch, mask=mask, weight=torch.tensor([1.0, 0.5])), 0)
-    del family.denoise
-    epsilon = draw(batch, "noise")
-    wanted = (error - epsilon).square()[..., :3].mean((1, 2, 3))
+    error = torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    own.denoise = lambda x, *rest: torch.zeros_like(x)
+    zero = Denoise()(own, batch, 0)
+    own.denoise = lambda x, *rest: error
+    losses = Denoise()(own, replace(batch, mask=mask, weight=torch.tensor([1.0, 0.5])), 0)
+    a, b = ((k.float().view(-1, 1, 1, 1)) for k in own.path.coefficients(losses.timesteps)[:2])
+    target = draw(own, batch, "noise", size)
+    if own.path.prediction == "v_prediction":
+        target = a * target - b * own.latents(own.moments(batch.pixels), draw(own, batch, "posterior", size))
+    wanted = (error - target).square()[..., :3].mean((1, 2, 3))
     assert torch.allclose(losses.per_example, wanted, rtol=1e-5)
     assert torch.allclose(losses.loss, 0.5 * (wanted[0] + 0.5 * wanted[1]), rtol=1e-5)
     losses.loss.backward()
     assert error.grad[..., :3].all() and not error.grad[..., 3:].any() and torch.isfinite(zero.loss)
 
 
-def test_the_loss_is_the_formula(family, pictures, streamed):
+def test_the_loss_is_the_formula(own, pictures, streamed, size):
     """Against DDPM's forward process and min-SNR, written out in float64 with diffusers' own noise schedule."""
-    from diffusers import DDPMScheduler
-
-    batch, seen = streamed(pictures, 32, stride=family.stride).batch({0: 0, 1: 1, 2: 2}, 1 / 3), {}
-    real = family.denoise
+    batch, seen, real = streamed(pictures, size, stride=own.stride).batch({0: 0, 1: 1, 2: 2}, 1 / 3), {}, own.denoise
 
     def spy(x, t, conditioning, geometry):
-        seen.update(x=x, t=t, out=real(x, t, conditioning, geometry))
+        seen.update(x=x, t=t, out=real(x, t, conditioning, geometry), geometry=geometry)
         return seen["out"]
 
-    family.denoise = spy
+    own.denoise = spy
     with torch.no_grad():
-        losses = Denoise(weight=weighting("min_snr", gamma=5.0))(family, batch, 0)
-    del family.denoise
-    alpha = DDPMScheduler.from_config(family.scheduler.config).alphas_cumprod.double()[seen["t"]]
-    x0 = family.latents(family.moments(batch.pixels), draw(batch, "posterior"))
-    noise = (seen["x"].double() - alpha.sqrt().view(-1, 1, 1, 1) * x0) / (1 - alpha).sqrt().view(-1, 1, 1, 1)
-    snr = alpha / (1 - alpha)
-    error = (seen["out"].double() - noise).square().mean((1, 2, 3))
-    expected = (error * snr.clamp(max=5) / snr).mean()
+        losses = Denoise(weight=weighting("min_snr", gamma=5.0))(own, batch, 0)
+    scheduler = DDPMScheduler.from_config(own.scheduler.config)
+    alpha = scheduler.alphas_cumprod.double()[seen["t"]].view(-1, 1, 1, 1)
+    x0 = own.latents(own.moments(batch.pixels), draw(own, batch, "posterior", size)).double()
+    epsilon = (seen["x"].double() - alpha.sqrt() * x0) / (1 - alpha).sqrt()
+    snr = (alpha / (1 - alpha)).flatten()
+    v = own.path.prediction == "v_prediction"
+    target = alpha.sqrt() * epsilon - (1 - alpha).sqrt() * x0 if v else epsilon
+    error = (seen["out"].double() - target).square().mean((1, 2, 3))
+    expected = (error * snr.clamp(max=5) / (snr + v)).mean()
     assert abs(losses.loss.item() - expected.item()) < 1e-4 * expected.item()
-
-
-def draw(batch, stream):
-    from finetune.diffusion import noise
-
-    return noise.normal((4, 8, 8), 0, batch.positions, stream)
+    assert seen["geometry"].tolist()[0] == [36, 40, 0, round((40 * size / 36 - size) / 2), size, size]
 
 
 def test_a_caption_that_would_be_cut_is_an_error(family):
     with pytest.raises(FinetuneError, match="would lose"):
         family.encode_text(["red " * 80])
     family.encode_text(["red " * 75])
+
+
+@torch.no_grad()
+def test_long_captions_are_pieces_that_a_shorter_neighbour_does_not_feel(own):
+    own.long = "chunk"
+    both = own.encode_text([LONG, CAPTIONS[0]])
+    first, second = (own.encode_text([" ".join(words)]) for words in (LONG.split()[:75], LONG.split()[75:]))
+    torch.testing.assert_close(both.tokens[:1], torch.cat([first.tokens, second.tokens], 1), rtol=0, atol=1e-5)
+    if both.pooled is not None:
+        torch.testing.assert_close(both.pooled[:1], first.pooled, rtol=0, atol=1e-5)
+    x, t, where = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([20, 600]), torch.zeros(2, 6)
+    alone = own.denoise(x[1:], t[1:], own.encode_text([CAPTIONS[0]]), where[1:])
+    torch.testing.assert_close(own.denoise(x, t, both, where)[1:], alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_learned_token_leaves_the_end_where_it_is(own):
+    """Its rows are those of words that are there, so that all states are what these words give, the pooled too."""
+    words, parts = own.tokenizers["text"]("red circle", add_special_tokens=False).input_ids, tokens.text_parts(own)
+    plain = own.encode_text(["a red circle on white", "red circle"])
+    rows = {part: own.parts[part].get_input_embeddings().weight[words].clone() for part in parts}
+    with tokens.added(own, {"zkw": rows}):
+        said = own.encode_text(["a zkw on white", "zkw"])
+    assert torch.equal(said.tokens, plain.tokens) and (plain.pooled is None or torch.equal(said.pooled, plain.pooled))
+    assert own.learned is None and "zkw" not in own.tokenizers[parts[-1]].get_vocab()
