@@ -36,6 +36,7 @@ class FamilySpec:
     base_version: str                       # ss_base_model_version: "sd_v1"
     architecture: str                       # modelspec.architecture: "stable-diffusion-v1"
     targets: dict[str, tuple[str, ...]]     # a group of LoRA targets -> patterns of the denoiser's module paths
+    sgm: bool = False                       # whether kohya's files have the names of the code that the family came with
 
 
 CLIP_ATTENTION = ("*.self_attn.q_proj", "*.self_attn.k_proj", "*.self_attn.v_proj", "*.self_attn.out_proj")

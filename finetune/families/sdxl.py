@@ -15,6 +15,7 @@ SPEC = FamilySpec(
     base_version="sdxl_base_v1-0",
     architecture="stable-diffusion-xl-v1-base",
     targets=_unet.TARGETS,
+    sgm=True,
 )
 TEXT = {"text": Clip(hidden=-2), "text_2": Clip(hidden=-2, pooled=True)}
 

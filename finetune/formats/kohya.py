@@ -10,6 +10,7 @@ from finetune.artifact import Artifact, Header, fold_alpha, modules, published
 from finetune.formats import _tokens
 from finetune.formats._modules import KINDS as _KINDS
 from finetune.formats._modules import ROLES
+from finetune.formats._sgm import from_sgm, to_sgm
 from finetune.formats._vae import from_ldm, is_vae, to_ldm
 from finetune.formats.base import Place, bare_vae, common_metadata, gather, number, rank_and_alpha, whole_vae
 
@@ -25,7 +26,7 @@ SUFFIXES = {role: role for role in ROLES} | {"lora_down.weight": "lora_A", "lora
 WRITTEN = {role: suffix for suffix, role in SUFFIXES.items()}
 
 # A kohya file does not say which of its underscores were dots: these are the names between the dots, in the
-# UNets of diffusers and in CLIP's text models.
+# UNets of diffusers and in CLIP's text models, and for SDXL also those of SGM.
 SEGMENTS = """
     down_blocks mid_block up_blocks attentions resnets downsamplers upsamplers transformer_blocks
     attn1 attn2 to_q to_k to_v to_out ff net proj proj_in proj_out
@@ -33,7 +34,8 @@ SEGMENTS = """
     time_embedding add_embedding class_embedding linear_1 linear_2
     text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection
 """.split()
-SEGMENT = rf"(?:{'|'.join(sorted(SEGMENTS, key=len, reverse=True))}|\d+)(?=_|$)"
+SGM = "input_blocks middle_block output_blocks time_embed label_emb out in_layers emb_layers out_layers skip_connection op".split()
+SEGMENT = {sgm: rf"(?:{'|'.join(sorted(SEGMENTS + SGM * sgm, key=len, reverse=True))}|\d+)(?=_|$)" for sgm in (False, True)}
 
 
 def reads(header: Header) -> bool:
@@ -55,9 +57,10 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: Fam
     def locate(key: str) -> Place | None:
         module, _, role = key.partition(".")
         for prefix, part in prefixes.items():
-            path = _dotted(module.removeprefix(f"{prefix}_")) if module.startswith(f"{prefix}_") else None
+            path = _dotted(module.removeprefix(f"{prefix}_"), spec.sgm) if module.startswith(f"{prefix}_") else None
             if path and role in SUFFIXES:
-                return part, published(path), SUFFIXES[role]
+                path = from_sgm(path) if spec.sgm and part == "denoiser" else published(path)
+                return part, path, SUFFIXES[role]
         return None
 
     return gather(tensors, metadata, spec, locate)
@@ -75,18 +78,20 @@ def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dic
     folded = fold_alpha(artifact.tensors)
     tensors = {}
     for (part, path), module in modules(folded).items():
+        path = to_sgm(path) if spec.sgm and part == "denoiser" else path
         flat = path.replace(".", "_")
-        assert _dotted(flat) == path, f"SEGMENTS lacks the names to read {flat!r} back as {path!r}"
+        assert _dotted(flat, spec.sgm) == path, f"SEGMENTS lacks the names to read {flat!r} back as {path!r}"
         for role, tensor in module.items():
             tensors[f"{spec.kohya[part]}_{flat}.{WRITTEN[role]}"] = tensor
     return tensors, common_metadata(artifact) | _metadata(artifact, folded, spec)
 
 
-def _dotted(flat: str) -> str | None:
+def _dotted(flat: str, sgm: bool = False) -> str | None:
     """down_blocks_0_attentions_1 -> down_blocks.0.attentions.1; None for a name outside the table."""
-    if not re.fullmatch(rf"{SEGMENT}(?:_{SEGMENT})*", flat):
+    segment = SEGMENT[sgm]
+    if not re.fullmatch(rf"{segment}(?:_{segment})*", flat):
         return None
-    return ".".join(re.findall(rf"(?:^|_)({SEGMENT})", flat))
+    return ".".join(re.findall(rf"(?:^|_)({segment})", flat))
 
 
 def _metadata(artifact: Artifact, tensors: Mapping[str, Tensor], spec: FamilySpec) -> dict[str, str]:

@@ -1,0 +1,138 @@
+"""Every method on a narrow member of each family that the bundled base is not: trained, written, proven, sampled, merged."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune import registry
+from finetune.cli import main
+from finetune.families.base import TINY, kind_of, locate
+
+LORA = "{kind: lora, rank: 2, alpha: 3, targets: [all, conv], text: {targets: [all]}}"
+EMBEDDING = "{kind: embedding, tokens: {zkw-cat: {init: a red circle, vectors: 2}}}"
+
+
+@pytest.fixture(params=["sd21", "sdxl"])
+def base(request, member):
+    return str(member(request.param))
+
+
+@pytest.fixture
+def write(tmp_path, pictures, base):
+    """A recipe of two steps: (method, more lines) → path."""
+    def make(method: str, template: str = "{text}", more: str = "") -> Path:
+        file = tmp_path / "small.yaml"
+        file.write_text(f"""
+base: {{family: {kind_of(locate(base))}, path: {base}}}
+data: {{images: "{pictures}", resolution: 64, caption: {{dropout: 0.2, template: "{template}"}}}}
+method: {method}
+train: {{max_steps: 2, batch_size: 2, learning_rate: 1e-2, threads: 1}}
+every: {{log: 1, checkpoint: 1}}
+{more}
+""")
+        return file
+
+    return make
+
+
+def passed(run) -> dict[str, list[str]]:
+    """The names of the checks that each file has passed."""
+    found = json.loads((run / "adapter" / "verify.json").read_text())
+    assert all(check["passed"] for checks in found.values() for check in checks)
+    return {name: [check["name"] for check in checks] for name, checks in found.items()}
+
+
+def test_a_lora_of_all_parts_is_written_proven_resumed_sampled_and_merged(write, train, tmp_path, base, capsys):
+    recipe = write(LORA, more="export: [kohya, diffusers]")
+    assert train(recipe, tmp_path / "run") == 0
+    family = kind_of(locate(base))
+    checks = passed(tmp_path / "run")
+    assert len(checks) == 2 and all("diffusers at strength 0.5" in names for names in checks.values())
+    kohya, plain = (tmp_path / "run" / "adapter" / name for name in ("small.safetensors", "small.diffusers.safetensors"))
+    names = {name.partition(".")[0] for name in load_file(kohya)}
+    if family == "sdxl":
+        assert {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", "lora_unet_output_blocks_2_2_conv",
+                "lora_te1_text_model_encoder_layers_2_mlp_fc1", "lora_te2_text_model_encoder_layers_2_mlp_fc1"} <= names
+    else:
+        assert {"lora_unet_down_blocks_0_attentions_0_proj_in", "lora_te_text_model_encoder_layers_2_mlp_fc1"} <= names
+    header = capsys.readouterr().err
+    assert f"({family}, {'v_prediction' if family == 'sd2' else 'epsilon'}, float32)" in header
+
+    # cut after one step and taken up again: the same file
+    (tmp_path / "cut").mkdir()
+    for item in (tmp_path / "run").iterdir():
+        if item.name != "adapter":
+            item.rename(tmp_path / "cut" / item.name)
+    last = tmp_path / "cut" / "checkpoints" / "step-00000002"
+    last.rename(tmp_path / "gone")
+    assert train(recipe, tmp_path / "cut") == 0
+    assert (tmp_path / "cut" / "adapter" / kohya.name).read_bytes() == kohya.read_bytes()
+
+    out = tmp_path / "out"
+    assert main(["convert", str(plain), "--family", family, "--to", "kohya", "--out", str(tmp_path / "again.safetensors")]) == 0
+    again = load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(again[name], t) for name, t in load_file(kohya).items())
+    assert main(["sample", "--base", base, "--family", family, "--adapter", f"{kohya}:0.5", "--prompt", "a red circle",
+                 "--steps", "1", "--size", "64x64", "--out", str(out)]) == 0
+    assert main(["merge", "--base", base, "--family", family, "--adapter", str(plain), "--dtype", "float16", "--out",
+                 str(tmp_path / "merged")]) == 0
+    merged = registry.find("families", family).load(str(tmp_path / "merged"), torch.float16)
+    assert merged.parts["vae"].dtype == (torch.float32 if family == "sdxl" else torch.float16)
+    moments = merged.moments(torch.zeros(1, 3, 64, 64))
+    picture = merged.pipeline()("a red circle", num_inference_steps=1, height=64, width=64).images[0]
+    assert moments.isfinite().all() and picture.size == (64, 64)
+
+
+def test_learned_tokens_are_in_every_encoder(write, train, tmp_path, base):
+    recipe = write(EMBEDDING, "{text} zkw-cat")
+    assert train(recipe, tmp_path / "run") == 0
+    assert "prompts in diffusers" in passed(tmp_path / "run")["zkw-cat.safetensors"]
+    found = {name: tuple(t.shape) for name, t in load_file(tmp_path / "run" / "adapter" / "zkw-cat.safetensors").items()}
+    family = kind_of(locate(base))
+    assert found == ({"clip_l": (2, 32), "clip_g": (2, 64)} if family == "sdxl" else {"emb_params": (2, 32)})
+    assert main(["sample", "--base", base, "--family", family, "--adapter", str(tmp_path / "run" / "adapter" / "zkw-cat.safetensors"),
+                 "--prompt", "a zkw-cat on white", "--steps", "1", "--size", "64x64", "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_full_fine_tune_with_class_pictures_and_long_captions(write, train, tmp_path):
+    recipe = write("{kind: full, targets: [cross_attention], text: {}}", more="export: [diffusers]")
+    words = ["--set", "data.prior={prompt: a circle, count: 2, steps: 1}", "--set", "data.caption.long=chunk",
+             "--set", f"data.caption.template='{{text}} {'red blue ' * 50}'"]
+    assert train(recipe, tmp_path / "run", *words) == 0
+    assert passed(tmp_path / "run") == {"small": ["loaded again as a base"]}
+    model = tmp_path / "run" / "adapter" / "small"
+    assert {p.name for p in model.iterdir()} >= {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    for encoder in model.glob("text_encoder*"):
+        assert {name.partition(".")[0] for name in load_file(encoder / "model.safetensors")} <= {"text_model", "text_projection"}
+        assert (model / encoder.name.replace("text_encoder", "tokenizer") / "merges.txt").is_file()
+
+
+def test_a_vae_decoder(write, train, tmp_path):
+    assert train(write("{kind: vae_decoder}", more="export: [kohya, diffusers]"), tmp_path / "run") == 0
+    assert len(passed(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("word", ["sd1", "sd2", "sdxl"])
+def test_a_wrong_family_is_told_the_right_one(word, base, write, train, tmp_path, capsys):
+    right = kind_of(locate(base))
+    if word != right:
+        recipe = write("{kind: lora}")
+        assert train(recipe, tmp_path / "run", "--set", f"base.family={word}") == 2
+        assert f"is {right}: use family: {right}" in capsys.readouterr().err
+    assert kind_of(locate(str(TINY))) == "sd1"
+
+
+def test_the_refiner_is_refused(member, tmp_path, capsys):
+    base = tmp_path / "refiner"
+    base.mkdir()
+    for item in member("sdxl").iterdir():
+        (base / item.name).symlink_to(item)
+    index = json.loads((member("sdxl") / "model_index.json").read_text()) | {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None], "requires_aesthetics_score": True}
+    (base / "model_index.json").unlink()
+    (base / "model_index.json").write_text(json.dumps(index))
+    assert main(["sample", "--base", str(base), "--family", "sdxl", "--prompt", "x", "--out", str(tmp_path / "o")]) == 2
+    assert "is the refiner of SDXL" in capsys.readouterr().err

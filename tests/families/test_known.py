@@ -1,0 +1,63 @@
+"""The known models at their real size, on the meta device, from the configs that are shipped."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers, _maybe_map_sgm_blocks_to_diffusers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from finetune import registry
+from finetune.families.base import CLIP_TARGETS
+from finetune.formats._sgm import from_sgm, to_sgm
+from finetune.formats.kohya import _dotted
+from finetune.methods._targets import Part, resolve
+
+CONFIGS = Path(registry.__file__).parent / "assets" / "configs"
+SIZES = {"sd15": 859_520_964, "sd15-inpainting": 859_535_364, "sd21-base": 865_910_724, "sd21": 865_910_724, "sdxl": 2_567_463_684}
+MODULES = {"sd15": [192, 72], "sd15-inpainting": [192, 72], "sd21-base": [192, 138], "sd21": [192, 138], "sdxl": [722, 72, 192]}
+CLASSES = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def known(request):
+    parts = json.loads((CONFIGS / f"{request.param}.json").read_text())
+    with torch.device("meta"):
+        made = {"denoiser": UNet2DConditionModel.from_config(parts["unet"]), "vae": AutoencoderKL.from_config(parts["vae"])}
+        for part, component in (("text", "text_encoder"), ("text_2", "text_encoder_2")):
+            if component in parts:
+                made[part] = CLASSES[parts[component]["architectures"][0]](CLIPTextConfig(**parts[component]))
+    return request.param, made
+
+
+def paths(made, part, spec, targets):
+    groups = spec.targets if part == "denoiser" else CLIP_TARGETS
+    return resolve(targets, Part(part, made[part], groups), "targets")
+
+
+def test_sizes_and_lora_modules(known):
+    name, made = known
+    count = {part: sum(p.numel() for p in module.parameters()) for part, module in made.items()}
+    assert count["denoiser"] == SIZES[name] and count["vae"] == 83_653_863
+    assert count["text"] == (340_387_840 if "sd21" in name else 123_060_480) and count.get("text_2", 694_659_840) == 694_659_840
+    spec = registry.find("families", name.replace("15", "1").replace("21", "2").partition("-")[0]).SPEC
+    assert [len(paths(made, part, spec, ["all"])) for part in made if part != "vae"] == MODULES[name]
+
+
+def test_the_names_of_sgm_are_those_that_diffusers_reads(known):
+    name, made = known
+    if name != "sdxl":
+        return
+    ours = paths(made, "denoiser", registry.find("families", "sdxl").SPEC, ["all", "conv"])
+    assert len(ours) == 722 + 66 and len({to_sgm(path) for path in ours}) == len(ours)
+    for path in ours:
+        assert from_sgm(to_sgm(path)) == path == from_sgm(path) and _dotted(to_sgm(path).replace(".", "_"), True) == to_sgm(path)
+    flat = {f"lora_unet_{to_sgm(path).replace('.', '_')}.{role}": torch.zeros(2, 2)
+            for path in ours for role in ("lora_down.weight", "lora_up.weight")}
+    theirs, _ = _convert_non_diffusers_lora_to_diffusers(_maybe_map_sgm_blocks_to_diffusers(flat, made["denoiser"].config))
+    found = {key.replace(".processor.", ".").replace("to_out_lora", "to_out.0_lora").replace("_lora", ".lora").partition(".lora")[0]
+             for key in theirs}
+    assert found == {f"unet.{path}" for path in ours}
+    assert to_sgm("down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k") == "input_blocks.4.1.transformer_blocks.1.attn2.to_k"
