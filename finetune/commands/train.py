@@ -37,7 +37,7 @@ def _train(loaded, args, folder) -> int:
 
     from finetune.recipe import dump
     from finetune.runfolder import write_json, write_text
-    from finetune.train import export, loop, reconstruction, setup, verify
+    from finetune.train import export, loop, reconstruction, report, setup, verify
 
     recipe = loaded.recipe
     accelerator = setup.accelerate(recipe)
@@ -76,6 +76,7 @@ def _train(loaded, args, folder) -> int:
             say(f"adapter   {path} ({size / 1000:,.0f} KB)\n{verify.table(proof[path.name])}")
         if measured:
             say(reconstruction.table(measured))
+        say(f"report    {report.write([folder.root], folder.root / report.NAME)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0

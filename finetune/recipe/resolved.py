@@ -32,12 +32,12 @@ def training_part(recipe: Recipe) -> dict:
 
 def difference(old: Mapping, new: Mapping) -> list[str]:
     """What differs between two trees of plain values: `train.learning_rate: 0.0001 -> 0.0003`."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
+    before, after = dict(leaves(old)), dict(leaves(new))
     return [f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}" for key in {**before, **after}
             if key not in before or key not in after or before[key] != after[key]]
 
 
-def _leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+def leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping) and value:
         inner = value.items()
     elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
@@ -46,4 +46,4 @@ def _leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
         yield key, value
         return
     for name, item in inner:
-        yield from _leaves(item, f"{key}.{name}" if key else str(name))
+        yield from leaves(item, f"{key}.{name}" if key else str(name))

@@ -1,0 +1,20 @@
+"""Write a page about one run, or about several side by side: one HTML file that needs no network."""
+
+from pathlib import Path
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="report.html in the run's folder, or here for several runs")
+
+
+def run(args) -> int:
+    from finetune.errors import FinetuneError
+    from finetune.train import report
+
+    for folder in args.runs:
+        if not (folder / "run.json").is_file():
+            raise FinetuneError(f"{folder} is no run folder: it has no run.json")
+    out = args.out or (args.runs[0] / report.NAME if len(args.runs) == 1 else Path(report.NAME))
+    print(report.write(args.runs, out))
+    return 0

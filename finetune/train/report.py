@@ -1,0 +1,149 @@
+"""The page about a run, or about several side by side: one HTML file that asks nothing of any network.
+
+It is made of what lies in the run folders and of the pictures that were learned from, as far as they are still there."""
+
+import base64
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from finetune.data import pictures
+from finetune.errors import FinetuneError
+from finetune.recipe import Recipe, dump, load
+from finetune.recipe.resolved import leaves
+from finetune.runfolder import write_text
+from finetune.train import ground
+from finetune.train.curves import chart
+from finetune.train.lint import lint
+
+NAME = "report.html"
+SHOWN, THUMBNAIL = 24, 144      # pictures of the data, and their longer side in pixels
+WIDEST = 1600                   # of a preview, in pixels
+NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT",
+         "full": "Full fine-tuning", "vae_decoder": "VAE decoder", "embedding": "Learned tokens"}
+CURVES = {"loss": "loss", "validation_loss": "loss on held-out pictures", "lr": "learning rate", "grad_norm": "norm of the gradient",
+          "images_per_second": "pictures a second", "memory_mb": "memory in MB"}
+USES = {    # kind of adapter → tool → what to do with the file, as the tools' own manuals have it
+    "lora": {"ComfyUI": "put it into models/loras, add the node Load LoRA, strength 1",
+             "A1111, Forge, SD.Next": "put it into models/Lora and write <lora:{stem}:1> into the prompt",
+             "InvokeAI": "import it in the model manager, then add it under LoRAs",
+             "stable-diffusion.cpp": "--lora-model-dir FOLDER, and <lora:{stem}:1> in the prompt",
+             "diffusers": 'pipe.load_lora_weights("{file}")'},
+    "embedding": {"ComfyUI": "put it into models/embeddings and write embedding:{stem} into the prompt",
+                  "A1111, Forge, SD.Next": "put it into embeddings and write {stem} into the prompt",
+                  "InvokeAI": "import it in the model manager and write <{stem}> into the prompt",
+                  "diffusers": 'pipe.load_textual_inversion("{file}", token="{stem}")'},
+    "vae_decoder": {"ComfyUI": "put it into models/vae, add the node Load VAE",
+                    "A1111, Forge, SD.Next": "put it into models/VAE and choose it in the settings"},
+    "full": {"diffusers": 'DiffusionPipeline.from_pretrained("{file}")', "finetune": "--base {file}"},
+}
+
+
+def write(folders: Sequence[Path], out: Path) -> Path:
+    """Write the page. Raises FinetuneError for a folder whose recipe or log cannot be read, or a page that cannot be written."""
+    runs = [facts(folder) for folder in folders]
+    curves = {said: chart({run["title"]: [(line["step"], line[key]) for line in run["lines"] if line.get(key) is not None]
+                           for run in runs}) for key, said in CURVES.items()}
+    page = jinja2.Environment(loader=jinja2.PackageLoader("finetune", "assets"), autoescape=True, trim_blocks=True,
+                              lstrip_blocks=True, undefined=jinja2.StrictUndefined).get_template("report.html")
+    text = page.render(runs=runs, curves={said: drawn for said, drawn in curves.items() if drawn},
+                       differences=differences(runs))
+    try:
+        write_text(out, text)
+    except OSError as e:
+        raise FinetuneError(f"{out}: the report cannot be written: {e.strerror}") from None
+    return out
+
+
+def facts(folder: Path) -> dict:
+    """What the page says of a run."""
+    try:
+        recipe = load(folder / "resolved.yaml").recipe
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        receipt = folder / "adapter" / "verify.json"
+        proof = json.loads(receipt.read_text(encoding="utf-8")) if receipt.exists() else {}
+    except (OSError, ValueError) as e:
+        raise FinetuneError(f"{folder}: is no run that can be told about: {e}") from None
+    steps = [line for line in lines if "loss" in line]
+    return {"title": folder.resolve().name, "sentence": sentence(recipe), "lines": lines, "cards": cards(recipe, steps, proof, folder),
+            "previews": [(int(path.stem.rpartition("-")[2]), picture(Image.open(path), WIDEST))
+                         for path in sorted((folder / "previews").glob("step-*.png"))],
+            "data": data(recipe), "proof": proof, "uses": uses(recipe, proof, folder), "leaves": dict(leaves(recipe.model_dump(mode="json"))),
+            "recipe": (folder / "recipe.yaml").read_text(encoding="utf-8"), "resolved": dump(recipe)}
+
+
+def sentence(recipe: Recipe) -> str:
+    """What was trained, on what, for how long."""
+    def said(method) -> str:
+        return NAMES[getattr(method, "variant", method.kind)] + (f" of rank {method.rank}" if getattr(method, "rank", None) else "")
+
+    train, sources = recipe.train, ", ".join(Path(source.path).name for source in recipe.data.images)
+    size = train.batch_size * train.gradient_accumulation
+    return (f"{' and '.join(map(said, recipe.method))} on {Path(recipe.base.path).name} ({recipe.base.family}), learned from "
+            f"{sources} at {recipe.data.resolution} px for {train.max_steps:,} steps of {size}")
+
+
+def cards(recipe: Recipe, steps: list[dict], proof: dict, folder: Path) -> dict[str, str]:
+    """The numbers one looks for first."""
+    if not steps:
+        return {"steps": f"0 of {recipe.train.max_steps:,}"}
+    files = sorted((folder / "adapter").glob("*.safetensors"))
+    found = {"steps": f"{steps[-1]['step']:,} of {recipe.train.max_steps:,}",
+             "loss": f"{steps[0]['loss']:.4g} → {steps[-1]['loss']:.4g}",
+             "speed": f"{statistics.median(line['images_per_second'] for line in steps):.3g} pictures/s",
+             "memory": f"{max(line['memory_mb'] for line in steps):,} MB"}
+    if files:
+        found["adapter"] = f"{files[0].stat().st_size / 1000:,.0f} KB"
+    if proof:
+        passed = all(check["passed"] for checks in proof.values() for check in checks)
+        found["proof"] = "every check passed" if passed else "a check FAILED"
+    return found
+
+
+def data(recipe: Recipe) -> dict:
+    """Thumbnails with captions, and what lint finds; or why there are none."""
+    try:
+        found = lint(recipe, lambda line: None)
+        index, how, words = ground.found(recipe, "learn", lambda line: None, True), ground.reading(recipe), ground.words(recipe)
+        chosen = np.unique(np.linspace(0, len(index) - 1, min(SHOWN, len(index))).round().astype(int)) if len(index) else []
+        shown = [(picture(pictures.read(index.read(i), index.name(i), how), THUMBNAIL), caption(words, index.columns(i)))
+                 for i in map(int, chosen)]
+    except (FinetuneError, OSError) as e:
+        return {"trouble": str(e), "counts": {}, "shown": [], "notes": []}
+    return {"trouble": "", "counts": found.pictures, "shown": shown, "notes": found.notes}
+
+
+def caption(words, columns: dict[str, str]) -> str:
+    """One that training could have drawn."""
+    return words.caption(columns, 0, 0) if not words.missing(columns) else ""
+
+
+def uses(recipe: Recipe, proof: dict, folder: Path) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Of each method what to do with its file: (kind, [(tool, words)])."""
+    files, found = [name for name in proof if not name.endswith(".diffusers.safetensors")], []
+    for method, file in zip(recipe.method, files):
+        stem = file.removesuffix(".safetensors")
+        found.append((file, [(tool, words.format(stem=stem, file=file)) for tool, words in USES[method.kind].items()]))
+    return found
+
+
+def differences(runs: list[dict]) -> list[tuple[str, list[str]]]:
+    """The fields of the recipes that are not the same in all runs, each with every run's value."""
+    keys = dict.fromkeys(key for run in runs for key in run["leaves"])
+    rows = [(key, [run["leaves"].get(key, "–") for run in runs]) for key in keys]
+    return [(key, [str(value) for value in values]) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def picture(image: Image.Image, longest: int) -> str:
+    """The picture inside the page: a data URI, no larger than needed."""
+    image = image.convert("RGB")
+    image.thumbnail((longest, longest))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=88)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
