@@ -12,10 +12,11 @@ from multiprocessing import get_context
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 from tqdm import tqdm
 
 from finetune.data.memory import Found, portions
-from finetune.data.pictures import SUFFIXES, Reading, UnreadablePicture, difference_hash, read, suffixes
+from finetune.data.pictures import SUFFIXES, Reading, UnreadablePicture, difference_hashes, read, shrunk, suffixes
 from finetune.errors import FinetuneError
 
 FACTS = pa.schema([("digest", pa.binary(32)), ("width", pa.int32()), ("height", pa.int32()), ("phash", pa.uint64()),
@@ -27,14 +28,17 @@ PORTION_BYTES = 2**24
 MANY = 8            # processes at most
 KILLED = "reading it ended the process: the decoder crashed, or the memory is full"
 
+NO_PICTURE = Image.new("RGB", (1, 1))
+
 Task = Callable[[np.ndarray], tuple]        # rows -> the arguments of `examine`
 
 
-def examine(place, how: Reading, rows: list[tuple]) -> tuple[pa.RecordBatch, list[bool]]:
+def examine(place, how: Reading, rows: pa.RecordBatch) -> tuple[pa.RecordBatch, list[bool]]:
     """The facts about these pictures, and whether they will stay so for as long as the file does."""
-    found = [fact(place, how, row) for row in rows]
-    *columns, lasting = zip(*found)
-    return pa.record_batch([list(column) for column in columns], schema=FACTS), list(lasting)
+    rows = list(zip(*(column.to_pylist() for column in rows.columns)))
+    place.soon(rows)
+    digest, width, height, small, suffix, reason, lasting = map(list, zip(*(fact(place, how, row) for row in rows)))
+    return pa.record_batch([digest, width, height, difference_hashes(small), suffix, reason], schema=FACTS), lasting
 
 
 def fact(place, how: Reading, row: tuple) -> tuple:
@@ -45,24 +49,24 @@ def fact(place, how: Reading, row: tuple) -> tuple:
         image = read(data, "", how)
         own, fitting = os.path.splitext(os.fsdecode(row[0]))[1].lower(), suffixes(data)
         other = fitting[0] if own in SUFFIXES and own not in fitting else None
-        return digest, image.width, image.height, difference_hash(image), other, None, True
+        return digest, image.width, image.height, shrunk(image), other, None, True
     except UnreadablePicture as e:
-        return digest, 0, 0, 0, None, e.reason, not isinstance(e.__context__, MemoryError)
+        return digest, 0, 0, NO_PICTURE, None, e.reason, not isinstance(e.__context__, MemoryError)
     except OSError as e:
-        return digest, 0, 0, 0, None, e.strerror or str(e), False
+        return digest, 0, 0, NO_PICTURE, None, e.strerror or str(e), False
     except MemoryError:
-        return digest, 0, 0, 0, None, "there is not enough memory for it", False
+        return digest, 0, 0, NO_PICTURE, None, "there is not enough memory for it", False
 
 
 def examined(place, listed: pa.Table, how: Reading, rows: np.ndarray, quiet: bool) -> Iterator[Found]:
     """The facts about some rows of a list, as they come; a portion at a time, in no order."""
-    places = listed.select(["name", "part", "offset", "size"])
+    places = listed.select(["name", "part", "offset", "size"]).combine_chunks()
     size = np.mean(listed["size"].to_numpy()[rows]) if len(rows) else 0
     portion = int(np.clip(PORTION_BYTES / size if size else PORTION // 16, 1, PORTION))     # 0: nobody knows
 
     def task(some: np.ndarray) -> tuple:
-        named = list(zip(*(column.to_pylist() for column in places.take(some).columns)))
-        return place.portable(named), how, named
+        rows = places.take(some).to_batches()[0]
+        return place.portable(rows), how, rows
 
     with tqdm(total=len(rows), desc="read pictures", unit="img", disable=quiet or len(rows) < FEW, leave=False) as bar:
         for some, batch, lasting in (here if len(rows) < FEW else elsewhere)(portions(rows, portion), task):

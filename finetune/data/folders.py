@@ -4,6 +4,7 @@ import os
 import stat
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,7 +42,11 @@ class Folder:
         with open(os.path.join(os.fsencode(self.path), name), "rb", buffering=0) as file:
             return file.readall()
 
-    def portable(self, rows: list[tuple]) -> "Folder":
+    def soon(self, rows: list[tuple]) -> None:
+        for name, *_ in rows:
+            fetch(os.path.join(os.fsencode(self.path), name))
+
+    def portable(self, rows: pa.RecordBatch) -> "Folder":
         return self
 
     def listing(self, memory: Memory) -> tuple[pa.Table, list[Note]]:
@@ -56,6 +61,16 @@ class Folder:
         rows, wrong = assign(root, pictures["name"], tables)
         pictures = pictures.append_column(LISTING.field("columns"), merged(rows, chosen(beside, order)))
         return pictures, found.notes + notes + wrong
+
+
+def fetch(path: str | bytes, offset: int = 0, size: int = 0) -> None:
+    """Ask the disk for a piece of a file, or for all of it, and do not wait: it fetches many in the time of a few."""
+    with suppress(OSError, AttributeError):     # whoever reads it will say so; some systems cannot be asked
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(file)
 
 
 @dataclass

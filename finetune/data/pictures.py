@@ -10,7 +10,7 @@ Of colours, ICC profiles are followed; gAMA, cHRM, cICP (HDR) and gain maps are 
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
@@ -96,11 +96,19 @@ def suffixes(data: bytes) -> tuple[str, ...]:
     return next((fitting for start, fitting in STARTS.items() if data.startswith(start)), (".avif",))
 
 
-def difference_hash(image: Image.Image) -> int:
-    """64 bits that scaling, compression and a little retouching hardly change: where a pixel of the picture, shrunk to
-    9 × 8, is brighter than the one to its left (Krawetz 2013). All pictures of one colour have 0."""
-    small = np.asarray(image.resize((9, 8), Image.Resampling.BOX).convert("L"))
-    return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
+def shrunk(image: Image.Image) -> Image.Image:
+    """To 9 × 8, for its difference hash."""
+    return image.resize((9, 8), Image.Resampling.BOX)
+
+
+def difference_hashes(small: Sequence[Image.Image]) -> np.ndarray:
+    """(N,) of 64 bits that scaling, compression and a little retouching hardly change: where a pixel of the shrunk picture
+    is brighter than the one to its left (Krawetz 2013). All pictures of one colour have 0."""
+    column = Image.new("RGB", (9, 8 * len(small)))      # one picture, for each call of Pillow costs as much as its pixels
+    for n, image in enumerate(small):
+        column.paste(image, (0, 8 * n))
+    grey = np.asarray(column.convert("L")).reshape(-1, 8, 9)
+    return np.packbits(grey[..., 1:] > grey[..., :-1]).view(">u8").astype(np.uint64)
 
 
 @contextmanager

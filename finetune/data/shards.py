@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from finetune.data.folders import LISTING, PICTURES
+from finetune.data.folders import LISTING, PICTURES, fetch
 from finetune.data.memory import Memory, key, stamp
 from finetune.data.tables import SIDECARS, Note, columns, first_line, not_utf8, printable, sidecar
 
@@ -47,7 +47,11 @@ class Shards:
             raise OSError(0, "the tar is cut short")
         return data
 
-    def portable(self, rows: list[tuple]) -> "Shards":
+    def soon(self, rows: list[tuple]) -> None:
+        for _, part, offset, size in rows:
+            fetch(os.path.join(self.folder, self.files[part]), offset, size)
+
+    def portable(self, rows: pa.RecordBatch) -> "Shards":
         return self
 
     def listing(self, memory: Memory) -> tuple[pa.Table, list[Note]]:

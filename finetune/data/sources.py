@@ -1,7 +1,8 @@
 """Where pictures lie: a folder, tar shards or a table of the `datasets` library, told apart by what the path is.
 
 Each is a place with three calls: `listing` what it holds without opening a picture, `read` the bytes of one of these rows,
-and make rows `portable`: something that can `read` them and be sent to another process."""
+and make rows `portable`: something that can be sent to another process, where it is told which rows are read `soon`, and
+can `read` them."""
 
 import glob
 import os

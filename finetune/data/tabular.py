@@ -31,6 +31,9 @@ class Carried:
             raise OSError(0, found)
         return found
 
+    def soon(self, rows: list[tuple]) -> None:
+        """They are here."""
+
 
 class Saved:
     """A table with a column of pictures."""
@@ -59,13 +62,13 @@ class Saved:
             raise OSError(0, "there is no picture in this row")
         return Path(picture["path"]).read_bytes()
 
-    def portable(self, rows: list[tuple]) -> Carried:
+    def portable(self, rows: pa.RecordBatch) -> Carried:
         carried = {}
-        for row in rows:
+        for number in rows["offset"].to_pylist():
             try:
-                carried[row[2]] = self.read(*row)
+                carried[number] = self.read(b"", 0, number, 0)
             except OSError as e:
-                carried[row[2]] = e.strerror or str(e)
+                carried[number] = e.strerror or str(e)
         return Carried(carried)
 
     def listing(self, memory: Memory) -> tuple[pa.Table, list[Note]]:

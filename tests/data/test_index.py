@@ -145,7 +145,7 @@ def test_what_may_change_by_itself_is_not_remembered(tmp_path, monkeypatch):
         patch.setattr("finetune.data.folders.Folder.read", raising(PermissionError(13, "Permission denied")))
         assert [n.kind for n in index(tmp_path).notes] == ["unreadable"] * 2
     with monkeypatch.context() as patch:
-        patch.setattr(examine, "difference_hash", raising(MemoryError()))
+        patch.setattr(examine, "shrunk", raising(MemoryError()))
         assert "memory" in index(tmp_path).notes[0].text
     assert len(index(tmp_path)) == 2
 
@@ -168,6 +168,9 @@ class Deadly:
         if offset == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         raise OSError(0, "not this time")
+
+    def soon(self, rows):
+        pass
 
     def portable(self, rows):
         return self
