@@ -50,7 +50,7 @@ def run(args) -> int:
     numbers, factors = _base.dtype(args.dtype), strengths(args)
     given = {name: value for name in OF_A_JOB if (value := getattr(args, name)) is not None}
     wanted = jobs(read(args.prompts) if args.prompts else [("", "--", {"prompt": text}) for text in args.prompt], given)
-    files = {factor: [args.out / f"{number:04d}-seed{job.seed}{f'-strength{factor:g}' if len(factors) > 1 else ''}.png"
+    files = {factor: [args.out / f"{number:04d}-seed{job.seed}{f'-strength{factor:.15g}' if len(factors) > 1 else ''}.png"
                       for number, job in enumerate(wanted)] for factor in factors}
     check_free([*sum(files.values(), []), *([args.grid] if args.grid else [])], args.overwrite)
 
@@ -79,8 +79,9 @@ def run(args) -> int:
             pipeline.scheduler = scheduler or pipeline.scheduler
             facts = {"base": family.source.name, "scheduler": type(pipeline.scheduler).__name__, "version": __version__,
                      "adapters": {each.path.name: each.strength * factor for each in loaded}}
+            loras = {each.path.stem: each.strength * factor for each in loaded if each.artifact.kind == "lora" and factor}
             for job, path, picture in zip(wanted, paths, sampling.generate(pipeline, wanted, args.batch, say)):
-                sampling.write(picture, path, png_info(job.facts() | facts))
+                sampling.write(picture, path, png_info(job.facts() | facts, loras))
                 if args.grid:
                     columns[-1].append(picture)
     if args.grid:

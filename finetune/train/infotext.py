@@ -2,7 +2,6 @@
 web UI writes and that most programs read (modules/infotext_utils.py there). No private path is in either."""
 
 import json
-from pathlib import PurePath
 
 from PIL.PngImagePlugin import PngInfo
 
@@ -12,17 +11,16 @@ SAMPLERS = {    # of the web UI, where diffusers has the same
     "DPMSolverSDE": "DPM++ SDE", "UniPCMultistep": "UniPC", "LCM": "LCM"}
 
 
-def png_info(facts: dict) -> PngInfo:
-    """`facts` are those of a job with `base`, `scheduler` and `adapters` {file name: strength}."""
+def png_info(facts: dict, loras: dict[str, float]) -> PngInfo:
+    """`facts` are those of a job, with `base`, `scheduler` and `version`; `loras` the names and strengths of those that are on."""
     info = PngInfo()
-    info.add_itxt("parameters", infotext(facts))
+    info.add_itxt("parameters", infotext(facts, loras))
     info.add_itxt("finetune", json.dumps(facts, ensure_ascii=False))
     return info
 
 
-def infotext(facts: dict) -> str:
-    """The prompt with `<lora:name:strength>` for each adapter, the negative prompt, and one line of `Name: value`."""
-    loras = [f"<lora:{PurePath(name).stem}:{strength:g}>" for name, strength in facts["adapters"].items()]
+def infotext(facts: dict, loras: dict[str, float]) -> str:
+    """The prompt with `<lora:name:strength>` for each, the negative prompt, and one line of `Name: value`."""
     scheduler = facts["scheduler"].removesuffix("Scheduler")
     line = {"Steps": facts["steps"], "Sampler": SAMPLERS.get(scheduler, scheduler), "CFG scale": facts["guidance"],
             "Seed": facts["seed"], "Size": facts["size"], "Model": facts["base"], "RNG": "CPU",
@@ -30,7 +28,7 @@ def infotext(facts: dict) -> str:
     if facts.get("image"):
         line["Denoising strength"] = facts["strength"]
     negative = [f"Negative prompt: {facts['negative']}"] if facts["negative"] else []
-    return "\n".join([" ".join([facts["prompt"], *loras]), *negative,
+    return "\n".join([" ".join([facts["prompt"], *(f"<lora:{name}:{strength:g}>" for name, strength in loras.items())]), *negative,
                       ", ".join(f"{name}: {_quoted(str(value))}" for name, value in line.items())])
 
 

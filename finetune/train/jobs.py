@@ -5,6 +5,7 @@ object leaves out is as the command line has it; a path in it is relative to the
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,7 +109,7 @@ def _told(key: str, problem: dict) -> str:
 def spread(job: Job, where: str = "") -> list[Job]:
     """One job for each picture: of a folder every image, by name, with `count` seeds in a row."""
     pairs = [(job.image, job.mask)]
-    if job.image and job.image.is_dir():
+    if job.image and os.path.isdir(job.image):
         images = sorted(file for file in job.image.iterdir() if file.suffix.lower() in SUFFIXES)
         if not images:
             raise FinetuneError(f"{where}: no pictures in {job.image}; a picture is one of {', '.join(SUFFIXES)}")
@@ -118,7 +119,7 @@ def spread(job: Job, where: str = "") -> list[Job]:
 
 
 def _mask_of(image: Path, masks: Path | None) -> Path | None:
-    if masks is None or not masks.is_dir():
+    if masks is None or not os.path.isdir(masks):
         return masks
     found = [file for file in masks.iterdir() if file.stem == image.stem and file.suffix.lower() in SUFFIXES]
     if len(found) != 1:

@@ -4,7 +4,7 @@ import textwrap
 from contextlib import contextmanager
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 MARGIN, LABEL = 6, 15       # pixels
 
@@ -39,6 +39,6 @@ def grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: li
         top = LABEL + 4 + r * (height + head + MARGIN)
         pen.multiline_text((MARGIN, top), "\n".join(label), "dimgray", font, spacing=1)
         for c, picture in enumerate(pictures):
-            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS),
-                        (MARGIN + c * (width + MARGIN), top + head))
+            how = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
+            sheet.paste(ImageOps.pad(picture, (width, height), how, "white"), (MARGIN + c * (width + MARGIN), top + head))
     return sheet

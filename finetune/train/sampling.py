@@ -125,8 +125,8 @@ def _shape(job: Job) -> tuple[int, int]:
 def _read(how, path: Path) -> Image.Image:
     try:
         return how(path.read_bytes(), str(path))
-    except OSError as e:
-        raise FinetuneError(f"{path}: cannot be read: {e.strerror or e}") from None
+    except (OSError, ValueError) as e:      # of a name with a zero byte
+        raise FinetuneError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
 
 def write(picture: Image.Image, path: Path, info: PngInfo) -> None:
