@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
 from finetune.data.pictures import SUFFIXES
 from finetune.errors import FinetuneError, nearest, refuse
@@ -31,6 +31,15 @@ def _size(value):
     return int(sides[2]), int(sides[1])
 
 
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{text[:40]!r} is not text in UTF-8") from None
+    return text
+
+
+Words = Annotated[str, AfterValidator(_utf8)]
 Size = Annotated[tuple[Positive, Positive], BeforeValidator(_size), PlainSerializer(lambda size: f"{size[1]}x{size[0]}")]
 File = Annotated[Path, Field(strict=False), PlainSerializer(lambda path: path.name)]        # no private path is written down
 
@@ -40,8 +49,8 @@ class Job(BaseModel):
 
     model_config = STRICT
 
-    prompt: str
-    negative: str = ""
+    prompt: Words
+    negative: Words = ""
     """What the picture should not show."""
     seed: Seed = 0
     """Of the first picture; the next has the next."""

@@ -84,7 +84,7 @@ def test_merged_is_what_diffusers_loads_and_what_sample_shows(tmp_path, adapter)
     (["--prompt", "x", "--image", "nowhere.png", "--strength", "0.4"], "less than one step"),
     (["--prompt", "x", "--guidance", "nan"], "--guidance: wants a finite number"),
     (["--prompt", "x", "--steps", "2000"], "more than the 1000"),
-    (["--prompt", "\udcff"], "--prompt: wants text"),
+    (["--prompt", "\udcff"], "--prompt: '\\udcff' is not text in UTF-8"),
 ])
 def test_mistakes_are_said(tmp_path, capsys, arguments, said):
     assert sample(tmp_path / "out", *arguments) == 2
