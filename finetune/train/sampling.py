@@ -58,8 +58,9 @@ def shrunk(height: int, width: int, side: int, step: int) -> tuple[int, int]:
 
 
 def generate(pipeline, jobs: list[Job], batch: int = 8, say: str | None = None) -> Iterator[Image.Image]:
-    """One picture per job, in turn. Each picture's noise comes from its own seed, whatever else is in the batch: what a
-    batch changes is the order of sums inside a matrix product, at most a level or two of 255 here and there.
+    """One picture per job, in turn. Each picture's noise comes from its own seed, whatever else is in the batch. What a
+    batch does change is rounding inside matrix products: the tiny base's PNGs differ by at most 1 of 255 in float32 and are the
+    same in float64.
 
     `pipeline` is the family's, for text; `say` names a progress bar."""
     with tqdm(total=len(jobs), desc=say, unit="img", disable=say is None, leave=False) as bar:
