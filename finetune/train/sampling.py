@@ -20,8 +20,8 @@ from finetune.data.pixels import cut, plan_crop
 from finetune.errors import FinetuneError, nearest
 from finetune.train.jobs import Job
 
-FEW_STEPS = ("LCMScheduler", "TCDScheduler")        # for distilled adapters; diffusers leaves them out of its compatible ones
-WHITE = 128                                         # from here on diffusers takes a mask for white
+ALSO = ("LCMScheduler", "SASolverScheduler", "TCDScheduler")    # fit where others do, though diffusers does not list them
+WHITE = 128     # from here on diffusers takes a mask for white
 
 
 def settle(family, jobs: list[Job]) -> list[Job]:
@@ -149,12 +149,11 @@ def scheduler(name: str, own):
     if name not in names:
         raise FinetuneError(f"--scheduler {name}: diffusers has no such scheduler{nearest(name, names)}")
     flow = type(own).__name__.startswith("FlowMatch")
-    fits = [type(own).__name__, *(cls.__name__ for cls in own.compatibles), *(() if flow else FEW_STEPS),
+    fits = [type(own).__name__, *(cls.__name__ for cls in own.compatibles), *(() if flow else ALSO),
             *(n for n in names if flow and n.startswith("FlowMatch"))]
-    cls = getattr(diffusers, name)
     try:
-        if name not in fits and type(own).__name__ not in getattr(cls, "_compatibles", ()):
+        if name not in fits:
             raise ValueError(f"it is not for bases like this; those that are: {', '.join(sorted(set(fits)))}")
-        return cls.from_config(own.config)
+        return getattr(diffusers, name).from_config(own.config)
     except (ImportError, ValueError) as e:
         raise FinetuneError(f"--scheduler {name}: cannot be used here: {str(e).strip().splitlines()[0]}") from None
