@@ -8,7 +8,7 @@ accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dyna
 adapter=runs/quickstart/adapter/quickstart.safetensors
 picture=runs/quickstart/before_after.png
 finetune sample --base tiny --adapter "$adapter" --strengths 0,0.5,1 --guidance 2 --seed 7 \
-  --prompts recipes/quickstart_prompts.txt --out runs/quickstart/samples --grid "$picture"
+  --prompts recipes/quickstart_prompts.txt --out runs/quickstart/samples --overwrite --grid "$picture"
 echo
 echo "adapter: $adapter"
 echo "picture: $picture"

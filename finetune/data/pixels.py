@@ -47,17 +47,17 @@ def plan_crop(width: int, height: int, size: tuple[int, int], where: tuple[float
 
 def fit(image: Image.Image, crop: Crop, flip: bool) -> Tensor:
     """(3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(_cut(image, crop, flip))).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(cut(image, crop, flip))).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def fit_mask(mask: Image.Image, crop: Crop, flip: bool, stride: int, unmasked: float) -> Tensor:
     """(1, h, w) float32: the weight of each latent pixel, 1 where the mask is white and `unmasked` where it is black."""
-    piece = _cut(mask, crop, flip).resize((crop.width // stride, crop.height // stride), Image.Resampling.BOX)
+    piece = cut(mask, crop, flip).resize((crop.width // stride, crop.height // stride), Image.Resampling.BOX)
     return unmasked + (1 - unmasked) * torch.from_numpy(np.array(piece))[None].float() / 255
 
 
-def _cut(image: Image.Image, crop: Crop, flip: bool) -> Image.Image:
-    """Pillow's Lanczos averages over the area that it shrinks."""
+def cut(image: Image.Image, crop: Crop, flip: bool = False) -> Image.Image:
+    """The piece itself. Pillow's Lanczos averages over the area that it shrinks."""
     image = image.resize(crop.scaled, Image.Resampling.LANCZOS)
     image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
     return ImageOps.mirror(image) if flip else image

@@ -17,7 +17,9 @@ from finetune.optim.optimizer import load_state, state_tensors
 from finetune.optim.schedule import factor
 from finetune.runfolder import write_text
 from finetune.train import checkpoint
-from finetune.train.preview import generate, grid, resting
+from finetune.train.jobs import Job
+from finetune.train.preview import grid, resting
+from finetune.train.sampling import generate
 from finetune.train.setup import Run, seed_step
 
 
@@ -190,15 +192,15 @@ def preview(run: Run, done: int) -> None:
     """A grid of the base beside what is trained so far. Changes no bit of the training: it draws from its own seeds."""
     if run.accelerator.is_main_process:
         p = run.recipe.preview
-        jobs = [(prompt, seed) for prompt in p.prompts for seed in p.seeds]
-        size = (run.recipe.data.resolution,) * 2
+        jobs = [Job(prompt=prompt, seed=seed, steps=p.steps, guidance=p.guidance, size=(run.recipe.data.resolution,) * 2)
+                for prompt in p.prompts for seed in p.seeds]
         with resting(run.family.parts):
             pipeline = run.family.pipeline()
             if run.base_pictures is None:
                 with run.method.at(0):
-                    run.base_pictures = list(generate(pipeline, jobs, p.steps, p.guidance, size=size, say="preview of the base"))
+                    run.base_pictures = list(generate(pipeline, jobs, say="preview of the base"))
             with run.ema.swapped() if run.ema else nullcontext():
-                now = list(generate(pipeline, jobs, p.steps, p.guidance, size=size, say=f"preview at step {done}"))
+                now = list(generate(pipeline, jobs, say=f"preview at step {done}"))
         rows = [list(pair) for pair in zip(run.base_pictures, now)]
-        grid(rows, [f"{prompt} · {seed}" for prompt, seed in jobs], ["base", f"step {done}"]).save(run.folder.preview(done))
+        grid(rows, [f"{job.prompt} · {job.seed}" for job in jobs], ["base", f"step {done}"]).save(run.folder.preview(done))
     run.accelerator.wait_for_everyone()

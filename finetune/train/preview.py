@@ -1,12 +1,10 @@
-"""Pictures to look at: sampled with seeds of their own, laid out as a labelled grid."""
+"""Pictures to look at: parts at rest while they are sampled, and a labelled grid of them."""
 
 import textwrap
-from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 MARGIN, LABEL = 6, 15       # pixels
 
@@ -22,24 +20,6 @@ def resting(parts: dict[str, torch.nn.Module]):
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def generate(pipeline, jobs: list[tuple[str, int]], steps: int, guidance: float, negative: str = "",
-             size: tuple[int, int] | None = None, batch: int = 8, say: str | None = None) -> Iterator[Image.Image]:
-    """One picture per (prompt, seed), in turn. Each picture's noise comes from its own seed, whatever else is in the batch.
-
-    `size` is (height, width) in pixels, the base's own when None; `say` names a progress bar."""
-    pipeline.set_progress_bar_config(disable=True)
-    options = {} if size is None else {"height": size[0], "width": size[1]}
-    with tqdm(total=len(jobs), desc=say, unit="img", disable=say is None, leave=False) as bar:
-        for start in range(0, len(jobs), batch):
-            some = jobs[start:start + batch]
-            with torch.no_grad():
-                pictures = pipeline([prompt for prompt, _ in some], num_inference_steps=steps, guidance_scale=guidance,
-                                    negative_prompt=[negative] * len(some) if negative else None,   # not "": see `zeros`
-                                    generator=[torch.Generator().manual_seed(seed) for _, seed in some], **options).images
-            bar.update(len(some))
-            yield from pictures
 
 
 def grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
@@ -59,6 +39,6 @@ def grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: li
         top = LABEL + 4 + r * (height + head + MARGIN)
         pen.multiline_text((MARGIN, top), "\n".join(label), "dimgray", font, spacing=1)
         for c, picture in enumerate(pictures):
-            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS),
-                        (MARGIN + c * (width + MARGIN), top + head))
+            how = Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS
+            sheet.paste(ImageOps.pad(picture, (width, height), how, "white"), (MARGIN + c * (width + MARGIN), top + head))
     return sheet

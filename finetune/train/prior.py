@@ -10,7 +10,8 @@ from finetune.data import cache
 from finetune.data.memory import used
 from finetune.diffusion.noise import derive
 from finetune.errors import FinetuneError
-from finetune.train.preview import generate
+from finetune.train.jobs import Job
+from finetune.train.sampling import generate
 
 AT_ONCE = 4
 
@@ -30,9 +31,9 @@ def make(where: Path, count: int, prompt: str, steps: int, guidance: float, reso
     missing = [number for number, file in enumerate(files) if not file.exists()]
     try:
         where.mkdir(parents=True, exist_ok=True)
-        jobs = [(prompt, derive(seed, number, "class picture") % 2**63) for number in missing]
-        for number, picture in zip(missing, generate(family.pipeline(), jobs, steps, guidance, size=(resolution, resolution),
-                                                     batch=AT_ONCE, say=None if quiet else "class pictures")):
+        jobs = [Job(prompt=prompt, seed=derive(seed, number, "class picture") % 2**63, steps=steps, guidance=guidance,
+                    size=(resolution, resolution)) for number in missing]
+        for number, picture in zip(missing, generate(family.pipeline(), jobs, AT_ONCE, None if quiet else "class pictures")):
             staging = files[number].with_suffix(f".{os.getpid()}.part")
             picture.save(staging, "PNG")
             os.replace(staging, files[number])

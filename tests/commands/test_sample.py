@@ -38,7 +38,7 @@ def test_a_picture_depends_on_its_seed_only(tmp_path):
     assert names == ["0000-seed4.png", "0001-seed5.png", "0002-seed6.png", "0003-seed4.png", "0004-seed5.png", "0005-seed6.png"]
     one, many = (Image.open(tmp_path / p).convert("RGB").tobytes() for p in ("one/0000-seed6.png", "many/0005-seed6.png"))
     assert max(abs(a - b) for a, b in zip(one, many)) <= 1
-    facts = json.loads(Image.open(tmp_path / "many/0005-seed6.png").text["parameters"])
+    facts = json.loads(Image.open(tmp_path / "many/0005-seed6.png").text["finetune"])
     assert facts["prompt"] == "a blue star" and facts["seed"] == 6 and facts["base"] == "tiny"
 
 
@@ -77,6 +77,14 @@ def test_merged_is_what_diffusers_loads_and_what_sample_shows(tmp_path, adapter)
     (["--prompt", "x", "--strengths", "a"], "numbers with commas"),
     (["--prompt", "x", "--count", "0"], "at least 1"),
     (["--prompts", "nowhere.txt"], "cannot be read"),
+    (["--prompt", "x", "--scheduler", "RePaintScheduler"], "is not for bases like this"),
+    (["--prompt", "x", "--strengths", "0.5"], "of an --image it is --strength"),
+    (["--prompt", "x", "--strength", "0.5"], "strength is about an image, and there is none"),
+    (["--prompt", "x", "--image", "nowhere.png"], "nowhere.png: cannot be read"),
+    (["--prompt", "x", "--image", "nowhere.png", "--strength", "0.4"], "less than one step"),
+    (["--prompt", "x", "--guidance", "nan"], "--guidance: wants a finite number"),
+    (["--prompt", "x", "--steps", "2000"], "more than the 1000"),
+    (["--prompt", "\udcff"], "--prompt: '\\udcff' is not text in UTF-8"),
 ])
 def test_mistakes_are_said(tmp_path, capsys, arguments, said):
     assert sample(tmp_path / "out", *arguments) == 2

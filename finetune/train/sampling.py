@@ -1,0 +1,161 @@
+"""Jobs → pictures, through diffusers' own pipelines over the family's own parts.
+
+What a job holds decides the verb: a prompt alone is text-to-image, with an image image-to-image, with a mask inpainting.
+"""
+
+import inspect
+import math
+import os
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from finetune.data import pictures
+from finetune.data.pixels import cut, plan_crop
+from finetune.errors import FinetuneError, nearest
+from finetune.train.jobs import Job
+
+ALSO = ("LCMScheduler", "SASolverScheduler", "TCDScheduler")    # fit where others do, though diffusers does not list them
+WHITE = 128     # from here on diffusers takes a mask for white
+
+
+def settle(family, jobs: list[Job]) -> list[Job]:
+    """The jobs, each with its size. Raises FinetuneError for what this base cannot sample, before anything is."""
+    denoiser, vae = family.parts["denoiser"].config, family.parts["vae"].config
+    masked = denoiser.in_channels > vae.latent_channels
+    if masked and not all(job.mask for job in jobs):
+        raise FinetuneError("this base was made for inpainting, and paints nothing else: give it --image and --mask")
+    # diffusers' pipelines want 8 whatever the VAE; a transformer sees its latents in patches
+    step = max(8, family.stride * (denoiser.get("patch_size") or 1))
+    own = denoiser.sample_size if isinstance(denoiser.sample_size, int) else min(denoiser.sample_size)
+    seen: dict[tuple, tuple[int, int]] = {}
+    settled = []
+    for job in jobs:
+        for text in (job.prompt, job.negative):
+            if lost := family.cut_prompt(text):
+                raise FinetuneError(f"the prompt {text!r} is too long for the text encoder: it would lose {lost!r}")
+        if job.steps > (most := family.scheduler.config.num_train_timesteps):
+            raise FinetuneError(f"steps: {job.steps} are more than the {most} that the base was trained with")
+        if job.size and any(side % step for side in job.size):
+            raise FinetuneError(f"size {job.size[1]}x{job.size[0]}: both sides have to be multiples of {step}")
+        files = job.image, job.mask
+        if job.image and files not in seen:
+            seen[files] = _shape(job)
+        size = shrunk(*seen[files], own * family.stride, step) if job.image else (own * family.stride,) * 2
+        settled.append(job.model_copy(update={"size": job.size or size}))
+    return settled
+
+
+def shrunk(height: int, width: int, side: int, step: int) -> tuple[int, int]:
+    """The shape of a picture in multiples of `step`, of about side × side pixels at the most: a base knows no more."""
+    factor = min(1, side / math.sqrt(height * width))
+    return tuple(max(step, int(length * factor / step + 1e-6) * step) for length in (height, width))
+
+
+def generate(pipeline, jobs: list[Job], batch: int = 8, say: str | None = None) -> Iterator[Image.Image]:
+    """One picture per job, in turn. Each picture's noise comes from its own seed, whatever else is in the batch. What a
+    batch does change is rounding inside matrix products: the tiny base's PNGs differ by at most 1 of 255 in float32 and are the
+    same in float64.
+
+    `pipeline` is the family's, for text; `say` names a progress bar."""
+    with tqdm(total=len(jobs), desc=say, unit="img", disable=say is None, leave=False) as bar:
+        for _, group in groupby(jobs, lambda job: (job.steps, job.guidance, job.size, job.change, _verb(job), bool(job.negative))):
+            alike = list(group)
+            verb = over(pipeline, alike[0])
+            verb.set_progress_bar_config(disable=say is None, leave=False)
+            for start in range(0, len(alike), batch):
+                some = alike[start:start + batch]
+                # Without one None, which SDXL takes for zeros, and not "": see the family's `zeros`
+                negative = [job.negative for job in some] if some[0].negative else None
+                yield from verb([job.prompt for job in some], negative_prompt=negative,
+                                generator=[torch.Generator().manual_seed(job.seed) for job in some],
+                                num_inference_steps=some[0].steps, guidance_scale=some[0].guidance,
+                                **_pictures(verb, some)).images
+                bar.update(len(some))
+
+
+def over(pipeline, job: Job):
+    """The pipeline of the job's verb, over the very same parts."""
+    import diffusers
+
+    others = {"inpaint": diffusers.AutoPipelineForInpainting, "image": diffusers.AutoPipelineForImage2Image}
+    verb = _verb(job)
+    return others[verb].from_pipe(pipeline) if verb in others else pipeline
+
+
+def _verb(job: Job) -> str:
+    return "inpaint" if job.mask else "image" if job.image else "text"
+
+
+def _pictures(pipeline, jobs: list[Job]) -> dict:
+    """What a verb takes besides text: jobs of one size, images and masks cut to it as the data room cuts them."""
+    known, first, options = inspect.signature(pipeline.__call__).parameters, jobs[0], {}
+    if first.size and "height" in known:        # otherwise the size is the image's
+        options = {"height": first.size[0], "width": first.size[1]}
+    if first.image:
+        cuts = [_cut(job) for job in jobs]
+        options |= {"image": [image for image, _ in cuts], "strength": first.change}
+        if first.mask:
+            options["mask_image"] = [mask for _, mask in cuts]
+    return options
+
+
+def _cut(job: Job) -> tuple[Image.Image, Image.Image | None]:
+    image = _read(pictures.read, job.image)
+    crop = plan_crop(*image.size, job.size)
+    return cut(image, crop), cut(_read(pictures.mask, job.mask), crop) if job.mask else None
+
+
+def _shape(job: Job) -> tuple[int, int]:
+    """Height and width of a job's image. Raises FinetuneError for one that cannot be read, or has no mask of its own."""
+    image = _read(pictures.read, job.image)
+    if job.mask:
+        mask = _read(pictures.mask, job.mask)
+        if mask.size != image.size:
+            raise FinetuneError(f"{job.mask}: the mask has {mask.width} × {mask.height} pixels, its picture {job.image.name} "
+                                f"{image.width} × {image.height}; make them the same")
+        if mask.getextrema()[1] < WHITE:
+            raise FinetuneError(f"{job.mask}: nothing in the mask is white, so nothing would be painted; "
+                                "white is what is painted anew, black and transparent stay")
+    return image.height, image.width
+
+
+def _read(how, path: Path) -> Image.Image:
+    try:
+        return how(path.read_bytes(), str(path))
+    except (OSError, ValueError) as e:      # of a name with a zero byte
+        raise FinetuneError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+
+
+def write(picture: Image.Image, path: Path, info: PngInfo) -> None:
+    """A PNG that is there as a whole or not at all. Raises FinetuneError."""
+    staging = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        picture.save(staging, "PNG", pnginfo=info)
+        os.replace(staging, path)
+    except OSError as e:
+        staging.unlink(missing_ok=True)
+        raise FinetuneError(f"{path}: cannot be written: {e.strerror or e}") from None
+
+
+def scheduler(name: str, own):
+    """The diffusers scheduler of that name over the noise schedule of the base's own. Raises FinetuneError."""
+    import diffusers
+
+    names = [n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")]
+    if name not in names:
+        raise FinetuneError(f"--scheduler {name}: diffusers has no such scheduler{nearest(name, names)}")
+    flow = type(own).__name__.startswith("FlowMatch")
+    fits = [type(own).__name__, *(cls.__name__ for cls in own.compatibles), *(() if flow else ALSO),
+            *(n for n in names if flow and n.startswith("FlowMatch"))]
+    try:
+        if name not in fits:
+            raise ValueError(f"it is not for bases like this; those that are: {', '.join(sorted(set(fits)))}")
+        return getattr(diffusers, name).from_config(own.config)
+    except (ImportError, ValueError) as e:
+        raise FinetuneError(f"--scheduler {name}: cannot be used here: {str(e).strip().splitlines()[0]}") from None
