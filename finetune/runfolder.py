@@ -123,6 +123,8 @@ class RunFolder:
         try:
             for folder in self._folders():
                 folder.mkdir(parents=True, exist_ok=True)
+                for torn in folder.glob(".*.part"):         # what a kill left; a torn checkpoint is a folder
+                    shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
             self.check_writable()
         except OSError as e:
             raise self._unwritable(e) from None

@@ -37,14 +37,13 @@ def save(folder: RunFolder, state: State, keep_last: int, keep_every: int | None
     if final.exists():      # complete, or it would not have its name; and a step has one outcome
         return final
     try:
-        for torn in folder.checkpoints.glob(".step-*.part"):
-            shutil.rmtree(torn)
         staging.mkdir(parents=True)
         write_safetensors(staging / "parameters.safetensors", state.parameters, {})
         write_safetensors(staging / "optimizer.safetensors", state.optimizer, {"plain": json.dumps(state.plain, sort_keys=True)})
         if state.ema is not None:
             write_safetensors(staging / "ema.safetensors", state.ema, {})
-        sync(folder.metrics)        # what was logged so far must not be younger than the checkpoint
+        if folder.metrics.exists():     # the checkpoint must not outlive its log
+            sync(folder.metrics)
         files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
         write_json(staging / MANIFEST, {"step": state.step, "files": files})
         sync(staging)

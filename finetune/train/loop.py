@@ -29,6 +29,8 @@ def train(run: Run, start: int, window: Window, stop: Stop) -> None:
     bar = tqdm(total=last, initial=start, unit="step", disable=not main, dynamic_ncols=True)
     if every.preview and start % every.preview == 0 and not run.folder.preview(start).exists():
         preview(run, start, stop)
+        if stopped := stop.received(accelerator):       # nothing is new since the start
+            raise Stopped(stopped)
     for step, batches in zip(range(start, last), run.loader.run(range(start, last))):
         loss, norm = one_step(run, step, batches)
         window.add(loss, norm, sum(len(batch.positions) for batch in batches))
@@ -149,7 +151,7 @@ def preview(run: Run, done: int, stop: Stop) -> None:
                 now = list(generate(pipeline, jobs, p.steps, p.guidance, size=size, say=f"preview at step {done}"))
             rows = [list(pair) for pair in zip(run.base_pictures, now)]
             sheet = grid(rows, [f"{prompt} · {seed}" for prompt, seed in jobs], ["base", f"step {done}"])
-            part = run.folder.preview(done).with_suffix(".part")
+            part = run.folder.previews / f".step-{done}.part"
             sheet.save(part, "PNG")
             os.replace(part, run.folder.preview(done))
     run.accelerator.wait_for_everyone()
