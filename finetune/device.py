@@ -16,6 +16,11 @@ def best() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def name(device: torch.device) -> str:
+    """What decides how the device rounds: the GPU's model, or the CPU's vector instructions."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+
+
 def check_precision(mixed_precision: str, dtype: str, device: torch.device) -> None:
     """Raise FinetuneError for a number format that this device does not have."""
     if device.type == "cuda":

@@ -50,6 +50,17 @@ class RunFolder:
     def begun(self) -> bool:
         return self.identity.exists()
 
+    def known(self) -> dict | None:
+        """The identity of the run in the folder; None when there is none. Raises FinetuneError when it is damaged."""
+        if not self.begun():
+            return None
+        try:
+            found = json.loads(self.identity.read_text(encoding="utf-8"))
+            return {"exact": dict(found["exact"]), "rounding": dict(found["rounding"])}
+        except (ValueError, KeyError, TypeError) as e:
+            raise FinetuneError(f"{self.identity} is damaged ({e}), so what the run is cannot be told; --fresh moves the "
+                                "folder aside and starts anew") from None
+
     def check_ours(self) -> None:
         """Raise FinetuneError for a folder with anything in it that is not a run."""
         try:
@@ -91,8 +102,9 @@ class RunFolder:
             return json.loads(owner.read_text(encoding="utf-8")) if owner.exists() else None
 
     def _beside(self, kind: str) -> Path:
-        """Beside the folder, not in it: the folder may be moved aside."""
-        return self.root.with_name(f".{self.root.name}.{kind}")
+        """Beside the folder, not in it: the folder may be moved aside. One place whatever link it is reached by."""
+        place = self.root.resolve()
+        return place.with_name(f".{place.name}.{kind}")
 
     def set_aside(self) -> Path:
         """Move the whole folder to the first free NAME.old-N."""
@@ -109,17 +121,30 @@ class RunFolder:
     def create(self, needed_bytes: int) -> None:
         """Make the folders. Raises FinetuneError when they cannot be written or the disk has no room for the run."""
         try:
-            for folder in (self.root, self.checkpoints, self.previews, self.adapters):
+            for folder in self._folders():
                 folder.mkdir(parents=True, exist_ok=True)
-            probe = self.root / ".writable"
-            probe.write_bytes(b"")
-            probe.unlink()
+                for torn in folder.glob(".*.part"):         # what a kill left; a torn checkpoint is a folder
+                    shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+            self.check_writable()
         except OSError as e:
             raise self._unwritable(e) from None
         self.check_room(needed_bytes)
         said, self._pending = self._pending or [], None
         with open(self.log, "a", encoding="utf-8") as f:
             f.writelines(line + "\n" for line in said)
+
+    def check_writable(self) -> None:
+        """Raise FinetuneError for a folder of the run that is there and cannot be written."""
+        try:
+            for folder in filter(Path.exists, self._folders()):
+                probe = folder / ".writable"
+                probe.write_bytes(b"")
+                probe.unlink()
+        except OSError as e:
+            raise self._unwritable(e) from None
+
+    def _folders(self) -> tuple[Path, ...]:
+        return self.root, self.checkpoints, self.previews, self.adapters
 
     def check_room(self, needed_bytes: int) -> None:
         """Raise FinetuneError when the disk has less room."""
@@ -132,6 +157,17 @@ class RunFolder:
         return FinetuneError(f"the run folder {self.root} cannot be written: {error.strerror}; choose another with --run")
 
 
+def sync(path: Path) -> None:
+    """Have the disk keep a file, or the names in a folder."""
+    if os.name == "nt":     # Windows cannot open a folder, and journals the rename by itself
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """All of the text or nothing."""
     part = path.with_name(f".{path.name}.part")
@@ -140,6 +176,7 @@ def write_text(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
+    sync(path.parent)
 
 
 def write_json(path: Path, value) -> None:

@@ -34,10 +34,11 @@ def facts(folder) -> dict:
     """What the folder's files say; a run without a holder is finished or stopped."""
     import json
 
-    exact = json.loads(folder.identity.read_text(encoding="utf-8"))["exact"]
+    exact = folder.known()["exact"]
     train = exact["recipe"]["train"]
     lines = folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.exists() else []
-    last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {}
+    # Others name a skipped step or an alarm, and the very last may be half written.
+    last = next((json.loads(line) for line in reversed(lines) if '"images_per_second"' in line and line.endswith("}")), {})
     done, owner = last.get("step", 0), folder.owner()
     state = "running" if owner else "finished" if done == train["max_steps"] and any(folder.adapters.glob("*.safetensors")) \
         else "stopped"

@@ -1,6 +1,5 @@
 """Train what a recipe says; the same command again continues a stopped run."""
 
-import json
 from pathlib import Path
 
 
@@ -13,26 +12,44 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    import errno
+    import signal
+    import sys
+    import time
+
     from finetune.errors import FinetuneError
     from finetune.recipe import load
     from finetune.runfolder import RunFolder
     from finetune.train import processes
 
+    # Outside of the steps nothing has to be saved: what was encoded or made so far is found again.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     loaded = load(args.recipe, args.overrides)
+    deadline = time.monotonic() + loaded.recipe.train.seconds
     processes.start_missing()
     name = Path(args.recipe).stem
     folder = RunFolder(args.run or Path("runs") / name, name)
-    from finetune import device     # after the processes are there: it imports torch
-
     with loaded.placing():
+        if processes.main():        # before torch is imported, which takes seconds
+            folder.lock()
+            folder.check_ours()
+            folder.check_writable()
+            folder.check_room(20_000_000)       # the exact need is known when everything is loaded
+        from finetune import device     # after the processes are there: it imports torch
+
         try:
-            return _train(loaded, args, folder)
+            return _train(loaded, args, folder, deadline)
         except device.OUT_OF_MEMORY as e:
             raise FinetuneError(f"{e}\n    less memory: a smaller train.batch_size with more train.gradient_accumulation, "
                                 "train.gradient_checkpointing: true, base.dtype: bfloat16, a smaller data.resolution") from None
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+                raise
+            raise FinetuneError(f"{e.filename or folder.root}: {e.strerror}; the checkpoints that are there stay, and the same "
+                                "command continues from the newest") from None
 
 
-def _train(loaded, args, folder) -> int:
+def _train(loaded, args, folder, deadline: float) -> int:
     from contextlib import nullcontext
 
     from finetune.recipe import dump
@@ -43,18 +60,15 @@ def _train(loaded, args, folder) -> int:
     accelerator = setup.accelerate(recipe)
     main = accelerator.is_main_process
     say = folder.say if main else (lambda line: None)
-    if main:
-        folder.lock()
-        folder.check_ours()
-        folder.check_room(20_000_000)       # the exact need is known when everything is loaded
-    begun = json.loads(folder.identity.read_text(encoding="utf-8")) if folder.begun() and not args.fresh else None
+    begun = None if args.fresh else folder.known()
     run = setup.prepare(recipe, folder, accelerator, say, begun)
     if main:
         if args.fresh and folder.begun():
             say(f"{folder.root} is moved aside to {folder.set_aside()}")
         folder.create(setup.needed_bytes(run))
-        if begun is None:
+        if begun != run.identity:
             write_json(folder.identity, run.identity)      # first: it is what makes the folder a run, wherever a kill falls
+        if begun is None or not folder.recipe.exists():
             write_text(folder.recipe, loaded.text)
         write_text(folder.resolved, dump(recipe))
     accelerator.wait_for_everyone()
@@ -62,7 +76,8 @@ def _train(loaded, args, folder) -> int:
     if start:
         say(f"continues after step {start} of {recipe.train.max_steps}")
     try:
-        loop.train(run, start, window)
+        with loop.Stop(deadline) as stop:
+            loop.train(run, start, window, stop)
     except loop.Stopped as e:
         say("stopped and saved; the same command continues")
         return 128 + e.number

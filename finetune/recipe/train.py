@@ -1,5 +1,6 @@
 """The words of the loop; schema.py has the others."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationInfo, field_validator
@@ -94,6 +95,19 @@ class Train(BaseModel):
     """CPU threads of one process; null shares out all cores."""
     keep_checkpoints: Positive = 2
     """The newest checkpoints that are kept."""
+    keep_every: Positive | None = None
+    """Checkpoints of every so many steps are kept for good; null keeps the newest alone."""
+    max_time: Annotated[str, Field(min_length=2, pattern=r"^([0-9]+h)?([0-9]+m)?([0-9]+s)?$")] | None = None
+    """How long one start may take, such as `3h` or `1h30m`: then it ends after its step as `finetune stop` would end it, and
+    the same command continues. null is as long as it takes."""
+
+    @property
+    def seconds(self) -> float:
+        """max_time."""
+        if self.max_time is None:
+            return float("inf")
+        units = {"h": 3600, "m": 60, "s": 1}
+        return sum(int(count) * units[unit] for count, unit in re.findall("([0-9]+)([hms])", self.max_time))
 
     @field_validator("warmup_steps")
     @classmethod

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.artifact import read_header, read_tensors, write_safetensors
 from finetune.errors import FinetuneError
-from finetune.runfolder import RunFolder, write_json
+from finetune.runfolder import RunFolder, sync, write_json
 
 MANIFEST = "manifest.json"
 
@@ -29,27 +29,30 @@ class State:
     ema: dict[str, Tensor] | None
 
 
-def save(folder: RunFolder, state: State, keep_last: int) -> Path:
-    """Write the checkpoint, then prune older ones. A failure leaves the earlier checkpoints untouched."""
+def save(folder: RunFolder, state: State, keep_last: int, keep_every: int | None = None) -> Path:
+    """Write the checkpoint, then prune older ones but for every `keep_every` steps. A failure leaves the earlier checkpoints
+    untouched."""
     final = folder.checkpoint(state.step)
     staging = final.with_name(f".{final.name}.part")
     if final.exists():      # complete, or it would not have its name; and a step has one outcome
         return final
     try:
-        for torn in folder.checkpoints.glob(".step-*.part"):
-            shutil.rmtree(torn)
         staging.mkdir(parents=True)
         write_safetensors(staging / "parameters.safetensors", state.parameters, {})
         write_safetensors(staging / "optimizer.safetensors", state.optimizer, {"plain": json.dumps(state.plain, sort_keys=True)})
         if state.ema is not None:
             write_safetensors(staging / "ema.safetensors", state.ema, {})
+        if folder.metrics.exists():     # the checkpoint must not outlive its log
+            sync(folder.metrics)
         files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
         write_json(staging / MANIFEST, {"step": state.step, "files": files})
-        _sync(staging)
+        sync(staging)
         os.replace(staging, final)
-        _sync(final.parent)
+        sync(final.parent)
         for old in _folders(folder)[keep_last:]:
-            shutil.rmtree(old)
+            if not keep_every or _step(old) % keep_every:
+                os.replace(old, doomed := old.with_name(f".{old.name}.part"))      # gone as a whole, wherever a kill falls
+                shutil.rmtree(doomed)
     except OSError as e:
         raise FinetuneError(f"the checkpoint {final} cannot be written: {e.strerror}; earlier checkpoints are untouched") from None
     return final
@@ -62,16 +65,18 @@ def newest(folder: RunFolder, say, tidy: bool) -> State | None:
         try:
             return _load(path)
         except (FinetuneError, OSError, ValueError, KeyError) as e:
-            aside = path.with_name(f"damaged-{path.name}")
-            if tidy:
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
+            names = (f"damaged-{path.name}{number}" for number in ["", *(f"-{n}" for n in range(2, 10**6))])
+            aside = next(aside for aside in map(path.with_name, names) if not aside.exists())
             say(f"checkpoint {path.name} is damaged ({e}); set aside as {aside.name}")
+            if tidy:
+                path.rename(aside)
     return None
 
 
 def _load(path: Path) -> State:
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["step"] != _step(path):
+        raise ValueError(f"it is of step {manifest['step']}")
     for name, seal in manifest["files"].items():
         if (path / name).stat().st_size != seal["size"] or _sha256(path / name) != seal["sha256"]:
             raise ValueError(f"{name} is not what was written")
@@ -83,20 +88,14 @@ def _load(path: Path) -> State:
 
 def _folders(folder: RunFolder) -> list[Path]:
     """Complete checkpoints, newest first."""
-    return sorted(folder.checkpoints.glob("step-*"), reverse=True)
+    return sorted((p for p in folder.checkpoints.glob("step-*") if p.name[5:].isdecimal()), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
             hashlib.sha256(f.read()).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":     # Windows cannot open a folder, and journals the rename by itself
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

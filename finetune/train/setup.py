@@ -1,17 +1,20 @@
 """Where everything meets: the recipe becomes plain arguments, and these become a run that is ready to step."""
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 
-import numpy
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed
 from PIL import Image
 
-from finetune import __version__, registry
+from finetune import __version__, device, registry
 from finetune.artifact import WHOLE
+from finetune.batch import Batch, Conditioning
 from finetune.data import cache
 from finetune.data.cache import Cache
 from finetune.data.loader import Loader, Stream
@@ -29,6 +32,7 @@ from finetune.train.step import TrainStep
 from finetune.train.together import Together
 
 Say = Callable[[str], None]
+PACKAGES = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate")     # whose code makes numbers
 
 
 @dataclass
@@ -71,10 +75,9 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     identity = {
         "exact": {"recipe": training_part(recipe), "data": " ".join(data), "base": base.weights,
                   "processes": accelerator.num_processes, "device": accelerator.device.type},
-        "rounding": {"threads": torch.get_num_threads(), "torch": torch.__version__, "numpy": numpy.__version__,
-                     "finetune": __version__},
+        "rounding": {"threads": torch.get_num_threads(), "machine": device.name(accelerator.device), "code": code(),
+                     "finetune": __version__, **{package: version(package) for package in PACKAGES}},
     }
-
     if begun:
         check_identity(begun, identity, folder, say)
     method = install(recipe, base)
@@ -135,20 +138,39 @@ def seed_step(seed: int, position: int) -> None:
     set_seed(derive(seed, position, "network") % 2**32)
 
 
+def to_device(batch: Batch, where: torch.device) -> Batch:
+    def move(t):
+        return None if t is None else t.to(where, non_blocking=True)
+
+    text = (told := batch.conditioning) and Conditioning(move(told.tokens), move(told.pooled), move(told.mask))
+    return replace(batch, weight=move(batch.weight), geometry=move(batch.geometry), pixels=move(batch.pixels),
+                   latents=move(batch.latents), mask=move(batch.mask), conditioning=text)
+
+
+def code() -> str:
+    """A hash of this toolkit's own sources: an installed copy may be edited, and its version not."""
+    root = Path(__file__).resolve().parents[1]
+    sources = sorted(root.rglob("*.py"))
+    return hashlib.sha256(b"".join(f"{p.relative_to(root)}\0".encode() + p.read_bytes() for p in sources)).hexdigest()[:12]
+
+
 def check_identity(begun: dict, now: dict, folder: RunFolder, say: Say) -> None:
-    """Raise FinetuneError, with the differences, when the run in the folder is another one than this."""
+    """Raise FinetuneError, with the differences, when the run in the folder is another one than this. What changes rounding
+    alone is said."""
     if differences := difference(begun["exact"], now["exact"]):
         raise FinetuneError("\n    ".join([f"{folder.root} holds a run that this one cannot continue:", *differences,
                             "--fresh moves it aside and starts anew; --run DIR starts beside it"]))
     for line in difference(begun["rounding"], now["rounding"]):
-        say(f"note: since the run began, {line}: the last digits may differ")
+        say(f"note: since the last start, {line}: the last digits may differ")
 
 
 def needed_bytes(run: Run) -> int:
     """An upper estimate of what the run writes: checkpoints (one more than are kept), adapters, previews and log."""
+    train = run.recipe.train
+    kept = train.keep_checkpoints + 1 + (train.max_steps // train.keep_every if train.keep_every else 0)
     trained = sum(p.numel() * 4 for p in run.parameters.values())
-    moments = 4 if run.recipe.train.optimizer == "prodigy" else 2
+    moments = 4 if train.optimizer == "prodigy" else 2
     checkpoint = trained * (1 + moments + bool(run.ema))
     whole = sum(p.numel() * 4 for part in run.family.parts.values() for p in part.parameters())
     exported = (whole if any(method.kind in WHOLE for method in run.method.methods) else trained) * len(run.recipe.export)
-    return checkpoint * (run.recipe.train.keep_checkpoints + 1) + exported + 20_000_000
+    return checkpoint * kept + exported + 20_000_000

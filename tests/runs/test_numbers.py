@@ -1,0 +1,97 @@
+"""A number that is not finite is never trained on, and training that does nothing is told."""
+
+import json
+
+import pytest
+import torch
+
+from finetune.train import loop
+
+
+class Crash(BaseException):
+    """Nothing in the code under test may catch this."""
+
+
+def settings(**values) -> list[str]:
+    return [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+def adapter(run) -> bytes:
+    return (run / "adapter" / "small.safetensors").read_bytes()
+
+
+def lines(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """The loss of some steps is not finite, and before one of them the process is gone. Gives, of each step, whether the
+    parameters stayed as they were."""
+    with monkeypatch.context() as patch:
+        yield lambda *args, **kwargs: poisoned(patch, *args, **kwargs)
+
+
+def poisoned(patch, steps: set[int], crash: int = -1) -> dict[int, bool]:
+    seen, real = {}, poisoned.real
+
+    def one_step(run, step, batches):
+        if step == crash:
+            raise Crash
+        inner = run.model.forward
+        if step in steps:
+            run.model.forward = lambda batch: inner(batch) * float("nan" if step % 2 else "inf")
+        before = {name: p.detach().clone() for name, p in run.parameters.items()}
+        result = real(run, step, batches)
+        run.model.forward = inner
+        seen[step] = all(torch.equal(before[name], p) for name, p in run.parameters.items())
+        return result
+
+    patch.setattr(loop, "one_step", one_step)
+    return seen
+
+
+poisoned.real = loop.one_step
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])       # one reads the flag on the device, one is not called
+def test_a_step_that_is_not_finite_is_skipped_named_and_skipped_again(recipe, train, tmp_path, poison, optimizer, capsys):
+    options = settings(train__optimizer=optimizer, train__ema="{decay: 0.9}", every__log=3)
+    seen = poison({1, 4})
+    assert train(recipe, tmp_path / "whole", *options) == 0
+    assert seen == {step: step in (1, 4) for step in range(6)}
+    skipped = [line for line in lines(tmp_path / "whole") if "skipped" in line]
+    assert [line["step"] for line in skipped] == [2, 5] and all(line["why"] == "loss" for line in skipped)
+    assert f"it saw {', '.join(skipped[0]['skipped'])}" in capsys.readouterr().err
+    poison({1, 4}, crash=3)     # the newest checkpoint is of step 2: its window is open, and the line of step 3 is written
+    with pytest.raises(Crash):
+        train(recipe, tmp_path / "cut", *options)
+    poison({1, 4})
+    assert train(recipe, tmp_path / "cut", *options) == 0
+    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+    assert [line.get("skipped", line.get("loss")) for line in lines(tmp_path / "cut")] == \
+        [line.get("skipped", line.get("loss")) for line in lines(tmp_path / "whole")]
+
+
+def test_many_in_a_row_end_the_run_with_the_state_before_them(recipe, train, tmp_path, poison, capsys):
+    poison(set(range(3, 40)))
+    assert train(recipe, tmp_path / "run", *settings(train__max_steps=40, every__checkpoint=0)) == 2
+    assert "the last 11 steps were not finite" in capsys.readouterr().err      # seen at the next line
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000014"]
+    assert not list((tmp_path / "run" / "adapter").iterdir())
+
+
+def test_a_rate_that_moves_nothing_is_told(recipe, train, tmp_path, capsys):
+    assert train(recipe, tmp_path / "run", *settings(train__learning_rate="1e-30", train__max_steps=2)) == 0
+    assert "ALARM after 2 steps: the loss is the base's to the last bit" in capsys.readouterr().err
+    assert "alarm" in lines(tmp_path / "run")[-1]
+
+
+def test_latents_that_are_not_finite_name_their_file(recipe, train, tmp_path, monkeypatch, capsys):
+    from finetune.families import sd1
+
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    real = sd1.SD1.moments
+    monkeypatch.setattr(sd1.SD1, "moments", lambda self, x: real(self, x) / 0)
+    assert train(recipe, tmp_path / "run") == 2
+    assert "0.png: the VAE gives latents that are not finite" in capsys.readouterr().err
