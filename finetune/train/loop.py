@@ -15,6 +15,7 @@ from finetune.train.alarm import AFTER, alarms, traces
 from finetune.train.preview import generate, grid, resting
 from finetune.train.setup import Run, seed_step, to_device
 from finetune.train.stop import Stop, Stopped
+from finetune.train.validate import validate
 from finetune.train.window import GIVE_UP, Window, rewind, write
 
 
@@ -29,6 +30,9 @@ def train(run: Run, start: int, window: Window, stop: Stop) -> None:
     bar = tqdm(total=last, initial=start, unit="step", disable=not main, dynamic_ncols=True)
     if every.preview and start % every.preview == 0 and not run.folder.preview(start).exists():
         preview(run, start, stop)
+    if every.validate and start % every.validate == 0:
+        if validate(run, start):
+            return
     for step, batches in zip(range(start, last), run.loader.run(range(start, last))):
         loss, norm = one_step(run, step, batches)
         window.add(loss, norm, sum(len(batch.positions) for batch in batches))
@@ -48,9 +52,14 @@ def train(run: Run, start: int, window: Window, stop: Stop) -> None:
             preview(run, done, stop)
             if stopped := stop.received(accelerator):
                 save(run, done, window)
+        ended = every.validate and (done % every.validate == 0 or done == last) and validate(run, done)
         if stopped:
             bar.close()
             raise Stopped(stopped)
+        if ended and done < last:
+            run.say(f"the loss on held-out pictures was not better in the last {recipe.train.patience} validations: it ends")
+            save(run, done, window)
+            break
     bar.close()
 
 
@@ -118,7 +127,7 @@ def resume(run: Run) -> tuple[int, Window]:
     state = checkpoint.newest(run.folder, run.say, tidy=main)
     if state is None:
         if main:
-            rewind(run.folder, 0, run.say)
+            rewind(run.folder, 0, 0, run.say)
         return 0, Window(run)
     run.method.restore(state.parameters)
     load_state(run.optimizer.optimizer, state.optimizer, state.plain["state"])
@@ -129,7 +138,7 @@ def resume(run: Run) -> tuple[int, Window]:
             average.copy_(state.ema[name])
     window = Window(run, **state.plain["window"])
     if main:
-        rewind(run.folder, state.step - len(window.losses), run.say)
+        rewind(run.folder, state.step, state.step - len(window.losses), run.say)
     return state.step, window
 
 
