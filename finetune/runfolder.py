@@ -4,6 +4,7 @@
     checkpoints/step-00000250/  previews/step-00000250.png  adapter/NAME.safetensors
 """
 
+import copy
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ class RunFolder:
         self.recipe, self.resolved, self.identity = root / "recipe.yaml", root / "resolved.yaml", root / "run.json"
         self.metrics, self.log = root / "metrics.jsonl", root / "log.txt"
         self.checkpoints, self.previews, self.adapters = root / "checkpoints", root / "previews", root / "adapter"
+        self.best = self.checkpoints / "best.safetensors"
 
     def say(self, line: str) -> None:
         """To the terminal and to log.txt, as soon as the folder is this run's."""
@@ -40,6 +42,13 @@ class RunFolder:
         """The file of an export: the recipe's first format has the plain name, the run's if there is no other; others carry
         their own."""
         return self.adapters / f"{name or self.name}{'' if first else f'.{format_name}'}.safetensors"
+
+    def of_best(self) -> "RunFolder":
+        """The same run, but its exports go into a folder of their own."""
+        other = copy.copy(self)
+        other.adapters = self.adapters / "best"
+        other.adapters.mkdir(exist_ok=True)
+        return other
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"

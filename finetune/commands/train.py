@@ -51,10 +51,12 @@ def run(args) -> int:
 
 def _train(loaded, args, folder, deadline: float) -> int:
     from contextlib import nullcontext
+    from dataclasses import replace
 
+    from finetune.artifact import read_tensors
     from finetune.recipe import dump
     from finetune.runfolder import write_json, write_text
-    from finetune.train import export, loop, reconstruction, report, setup, verify
+    from finetune.train import loop, report, setup, validate
 
     recipe = loaded.recipe
     accelerator = setup.accelerate(recipe)
@@ -83,15 +85,25 @@ def _train(loaded, args, folder, deadline: float) -> int:
         return 128 + e.number
     if main:
         with run.ema.swapped() if run.ema else nullcontext():
-            paths = export.write(run.method.export(export.metadata(run)), folder, recipe.export, run.family)
-            proof = export.prove(run, paths)
-            measured = reconstruction.measure(run) if run.method.objective == "decode" else None
-        for path in paths:
-            size = sum(p.stat().st_size for p in [path, *path.rglob("*")])
-            say(f"adapter   {path} ({size / 1000:,.0f} KB)\n{verify.table(proof[path.name])}")
-        if measured:
-            say(reconstruction.table(measured))
+            hand_over(run)
+        if recipe.train.keep_best:
+            say(f"best      of step {validate.best(run)} by the loss on held-out pictures")
+            run.method.restore(read_tensors(folder.best))
+            hand_over(replace(run, folder=folder.of_best()))
         say(f"report    {report.write([folder.root], folder.root / report.NAME)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return 0
+
+
+def hand_over(run) -> None:
+    """Write what was trained, prove it, and say so."""
+    from finetune.train import export, reconstruction, verify
+
+    paths = export.write(run.method.export(export.metadata(run)), run.folder, run.recipe.export, run.family)
+    proof = export.prove(run, paths)
+    for path in paths:
+        size = sum(p.stat().st_size for p in [path, *path.rglob("*")])
+        run.say(f"adapter   {path} ({size / 1000:,.0f} KB)\n{verify.table(proof[path.name])}")
+    if run.method.objective == "decode":
+        run.say(reconstruction.table(reconstruction.measure(run)))

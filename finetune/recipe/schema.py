@@ -4,6 +4,7 @@ A mistake in a recipe must never pass as another value, so nothing is converted:
 key is an error. Only a whole number may stand where any number is wanted, and a list where a tuple is kept.
 """
 
+import warnings
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
@@ -13,6 +14,8 @@ from finetune.recipe.method import Embedding, Full, Lora, VaeDecoder
 from finetune.recipe.objective import Objective
 from finetune.recipe.train import Train
 from finetune.recipe.words import STRICT, Many, Positive, Seed, Some, Text, different, list_of, registered
+
+warnings.filterwarnings("ignore", 'Field name "validate"')     # pydantic's own, an old name that nothing here calls
 
 Method = Annotated[Lora | Embedding | Full | VaeDecoder, Field(discriminator="kind")]
 
@@ -82,6 +85,8 @@ class Every(BaseModel):
     """Write a line to metrics.jsonl."""
     preview: Annotated[int, Field(ge=0)] = 0
     """Sample previews; 0 is never."""
+    validate: Annotated[int, Field(ge=0)] = 0
+    """Measure the loss on the pictures of data.validation; 0 is never."""
     checkpoint: Annotated[int, Field(ge=0)] = 250
     """Save a checkpoint; 0 is only when the run ends or is stopped."""
 
@@ -127,7 +132,12 @@ class Recipe(BaseModel):
 
     @field_validator("every")
     @classmethod
-    def _something_to_preview(cls, every: Every, info: ValidationInfo) -> Every:
+    def _something_to_look_at(cls, every: Every, info: ValidationInfo) -> Every:
         if every.preview and "preview" in info.data and not info.data["preview"].prompts:
             raise ValueError(f"preview: {every.preview} has nothing to sample: preview.prompts is empty")
+        if every.validate and "data" in info.data and not info.data["data"].validation:
+            raise ValueError(f"validate: {every.validate} has nothing to measure: data.validation is null")
+        train = info.data.get("train")
+        if train and (train.keep_best or train.patience) and not every.validate:
+            raise ValueError(f"train.{'keep_best' if train.keep_best else 'patience'} goes by every.validate, which is 0")
         return every

@@ -101,6 +101,11 @@ class Train(BaseModel):
     """How long one start may take, such as `3h` or `1h30m`: then it ends after its step as `finetune stop` would end it, and
     the same command continues. null is as long as it takes."""
 
+    keep_best: bool = False
+    """Also hand over what had the least loss on held-out pictures, in adapter/best/."""
+    patience: Positive | None = None
+    """End when so many validations in a row were not better than the best; null goes on to max_steps."""
+
     @property
     def seconds(self) -> float:
         """max_time."""

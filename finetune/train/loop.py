@@ -17,6 +17,7 @@ from finetune.train.preview import grid, resting
 from finetune.train.sampling import generate
 from finetune.train.setup import Run, seed_step, to_device
 from finetune.train.stop import Stop, Stopped
+from finetune.train.validate import validate
 from finetune.train.window import GIVE_UP, Window, rewind, write
 
 
@@ -33,6 +34,9 @@ def train(run: Run, start: int, window: Window, stop: Stop) -> None:
         preview(run, start, stop)
         if stopped := stop.received(accelerator):       # nothing is new since the start
             raise Stopped(stopped)
+    if every.validate and start % every.validate == 0:
+        if validate(run, start):
+            return
     for step, batches in zip(range(start, last), run.loader.run(range(start, last))):
         loss, norm = one_step(run, step, batches)
         window.add(loss, norm, sum(len(batch.positions) for batch in batches))
@@ -52,9 +56,14 @@ def train(run: Run, start: int, window: Window, stop: Stop) -> None:
             preview(run, done, stop)
             if stopped := stop.received(accelerator):
                 save(run, done, window)
+        ended = every.validate and (done % every.validate == 0 or done == last) and validate(run, done)
         if stopped:
             bar.close()
             raise Stopped(stopped)
+        if ended and done < last:
+            run.say(f"the loss on held-out pictures was not better in the last {recipe.train.patience} validations: it ends")
+            save(run, done, window)
+            break
     bar.close()
 
 
@@ -122,7 +131,7 @@ def resume(run: Run) -> tuple[int, Window]:
     state = checkpoint.newest(run.folder, run.say, tidy=main)
     if state is None:
         if main:
-            rewind(run.folder, 0, run.say)
+            rewind(run.folder, 0, 0, run.say)
         return 0, Window(run)
     run.method.restore(state.parameters)
     load_state(run.optimizer.optimizer, state.optimizer, state.plain["state"])
@@ -133,7 +142,7 @@ def resume(run: Run) -> tuple[int, Window]:
             average.copy_(state.ema[name])
     window = Window(run, **state.plain["window"])
     if main:
-        rewind(run.folder, state.step - len(window.losses), run.say)
+        rewind(run.folder, state.step, state.step - len(window.losses), run.say)
     return state.step, window
 
 

@@ -44,6 +44,7 @@ class Run:
     accelerator: Accelerator
     family: object
     method: Together
+    objective: Callable                 # see objectives/base.py
     loader: Loader
     validation: Stream | None           # the pictures that are held out
     parameters: dict[str, torch.nn.Parameter]   # what is trained, under the artifact's names
@@ -53,6 +54,7 @@ class Run:
     identity: dict
     say: Say
     base_pictures: list[Image.Image] | None = field(default=None)   # previews of the untouched base, once sampled
+    base_losses: torch.Tensor | None = field(default=None)          # on held-out pictures, once measured
 
 
 def accelerate(recipe: Recipe) -> Accelerator:
@@ -108,7 +110,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     say(f"trains    {kinds}: {trained:,} parameters in {len(parameters)} tensors")
     if any(getattr(words, "encoder", False) for words in recipe.method):
         say("note: the encoder is trained too, so latents change: a denoiser that was trained on the old ones will not fit")
-    return Run(recipe, folder, accelerator, family, method, loader, base.validation, parameters, model, optimizer, ema,
+    return Run(recipe, folder, accelerator, family, method, objective, loader, base.validation, parameters, model, optimizer, ema,
                identity, say)
 
 

@@ -86,13 +86,15 @@ def write(run: Run, line: dict) -> None:
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def rewind(folder: RunFolder, step: int, say) -> None:
-    """Take back the lines after this step. What a kill left of a line goes too; one that is damaged is named."""
+def rewind(folder: RunFolder, done: int, logged: int, say) -> None:
+    """Take back what was said after `done` steps, and of losses what was said after `logged`, since the checkpoint has those
+    in between. What a kill left of a line goes too; one that is damaged is named."""
     if folder.metrics.exists():
         kept = []
         for line in folder.metrics.read_bytes().splitlines(keepends=True):
             try:
-                if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                said = json.loads(line)
+                if line.endswith(b"\n") and said["step"] <= (done if "alarm" in said or "validation_loss" in said else logged):
                     kept.append(line.decode())
             except (ValueError, KeyError, TypeError):
                 say(f"{folder.metrics.name}: a damaged line is left out")
