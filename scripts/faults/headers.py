@@ -105,12 +105,12 @@ def agrees(path: Path, header: Header) -> bool:
 
 def check(count: int, seed: int, seconds: float, mebibytes: float) -> list[str]:
     """The failures of all bombs and so many mutations."""
-    draw, (header, data), failures = random.Random(seed), lora(), []
+    draw, whole, failures = random.Random(seed), lora(), []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.safetensors")
         large = bombs()
         for i, name in enumerate([*large, *range(count)]):
-            content = struct.pack("<Q", len(large[name])) + large.pop(name) if name in large else mutated(header, data, draw)
+            content = struct.pack("<Q", len(large[name])) + large.pop(name) if name in large else mutated(*whole, draw)
             path.write_bytes(content)
             del content
             try:
