@@ -1,10 +1,9 @@
-"""An adapter in memory, and safetensors files: atomic, reproducible writes and header-only peeks."""
+"""An adapter in memory, and safetensors files: atomic, reproducible writes; `header.py` has the peeks."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import struct
 from collections import Counter
@@ -14,16 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import FinetuneError
+from finetune.header import MAX_HEADER_BYTES, Header, read_header
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a peek at a header does not need it
     from torch import Tensor
 
-MAX_HEADER_BYTES = 16 * 2**20
-PICKLES = {".ckpt", ".pt", ".pth", ".bin"}
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
-}
 DTYPE_NAMES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
     "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
@@ -57,15 +51,6 @@ class Artifact:
     family: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a safetensors file says before its data: nothing here needs torch."""
-
-    tensors: dict[str, tuple[str, tuple[int, ...]]]  # name -> (safetensors dtype, shape)
-    metadata: dict[str, str]
-    scalars: dict[str, float]  # the value of each 0-dim float tensor: alphas
 
 
 def modules(tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], dict[str, Tensor]]:
@@ -168,80 +153,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def read_header(path: str | Path) -> Header:
-    """Read and check the header of a safetensors file, without torch and without the tensors.
-
-    FinetuneError for a pickle, a file that cannot be read and a header that does not describe its file.
-    """
-    path = Path(path)
-    if path.suffix.lower() in PICKLES:
-        raise FinetuneError(
-            f"{path}: is a pickle, and opening a pickle can run any code it contains\n"
-            "    get the .safetensors version, or convert it on a machine you can afford to lose"
-        )
-    try:
-        with open(path, "rb") as file:
-            return _parse(file, os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        raise FinetuneError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
-        why = f"lacks {error}" if isinstance(error, KeyError) else error
-        raise FinetuneError(
-            f"{path}: is not a sound safetensors file: {why}\n"
-            "    it is cut, damaged or of another type: fetch it again"
-        ) from error
-
-
-def _parse(file, size: int) -> Header:
-    start = file.read(8)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-        raise ValueError(f"a header of {length} bytes in a file of {size}")
-    header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
-    if not isinstance(header, dict):
-        raise ValueError("its header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are not pairs of texts")
-
-    position = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-            raise ValueError(f"shape or offsets of {name!r} are not whole numbers")
-        if begin != position or end < begin:
-            raise ValueError(f"{name!r} should start at byte {position}, not at {begin}")
-        if end - begin != math.prod(shape) * ITEM_BYTES.get(dtype, 0) and dtype in ITEM_BYTES:
-            raise ValueError(f"{name!r} has {end - begin} bytes, which is not {dtype} {shape}")
-        position = end
-    if 8 + length + position != size:
-        raise ValueError(f"its tensors end at byte {8 + length + position} of {size}")
-    return Header(
-        tensors={name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()},
-        metadata=metadata,
-        scalars={
-            name: _scalar(file, 8 + length + entry["data_offsets"][0], entry["dtype"])
-            for name, entry in header.items()
-            if entry["shape"] == [] and entry["dtype"] in ("F16", "BF16", "F32", "F64")
-        },
-    )
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"{twice[0]!r} stands in it twice")
-    return dict(pairs)
-
-
-def _scalar(file, position: int, dtype: str) -> float:
-    file.seek(position)
-    data = file.read(ITEM_BYTES[dtype])
-    if dtype == "BF16":  # the upper half of a float32
-        return struct.unpack("<f", b"\0\0" + data)[0]
-    return struct.unpack({"F16": "<e", "F32": "<f", "F64": "<d"}[dtype], data)[0]
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from finetune.artifact import fold_alpha, modules, read_header, read_tensors, wr
 from finetune.change import core
 from finetune.errors import FinetuneError
 
+ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (
     torch.float32, torch.float16, torch.bfloat16, torch.float64,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
@@ -196,3 +198,16 @@ def test_folding_keeps_every_change_and_leaves_one_alpha(dtype):
 def test_folding_one_alpha_changes_nothing():
     tensors = lora({"text.a": (4, 2), "text.b": (8, 2)})
     assert fold_alpha(tensors) is tensors
+
+
+def test_hostile_headers_are_read_or_refused_in_one_line():
+    """A seeded sample of `python scripts/faults/headers.py`; the bound on the time is that of a loaded machine."""
+    done = subprocess.run([sys.executable, "scripts/faults/headers.py", "--count", "1500", "--seed", "7", "--seconds", "2"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "1516/1516 read or refused" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["F4", "C64", "f32", ""])
+def test_a_type_that_no_adapter_has_is_told(tmp_path, dtype):
+    with pytest.raises(FinetuneError, match="unknown type|lacks 'dtype'"):
+        read_header(file_of(tmp_path / "x", {"a": entry(0, 0, dtype, [0])}))

@@ -21,6 +21,7 @@ from finetune.artifact import (
 )
 from finetune.errors import FinetuneError
 from finetune.families._vae import to_ldm
+from finetune.formats._dialects import renamed, translated
 from finetune.formats._modules import kind_of, settle
 from finetune.formats._tokens import is_bare, is_named, rows, shapes, token
 
@@ -37,19 +38,41 @@ def load(path: str | Path, spec: FamilySpec) -> Artifact:
     header = read_header(path)
     try:
         facts = identify(header)
+        header = plain(header)
         if facts["family"] not in (None, spec.name):
             raise FinetuneError(f"is for {facts['family']}, and the base is {spec.name}: their layers differ")
         said = header.metadata if facts["kind"] != "embedding" else {"ss_output_name": token(path)} | header.metadata
+        said = said | _config_beside(Path(path), header)
         for name in registry.names("formats"):
             module = registry.find("formats", name)
             if module.reads(header):
-                return module.decode(read_tensors(path), said, spec)
+                return module.decode(translated(read_tensors(path)), said, spec)
         raise FinetuneError(
             f"no format reads it: kind {facts['kind'] or 'unknown'}, keys {_some(list(header.tensors))}\n"
             f"    formats: {', '.join(registry.names('formats'))}; `finetune inspect` says more about it"
         )
     except FinetuneError as error:
         raise FinetuneError(f"{path}: {error}") from error
+
+
+def plain(header: Header) -> Header:
+    """The header of the same file in the words of `kohya` and `diffusers`."""
+    names = renamed(header.tensors)
+    return Header({names[name]: facts for name, facts in header.tensors.items()}, header.metadata,
+                  {names.get(name, name): value for name, value in header.scalars.items()})
+
+
+def _config_beside(path: Path, header: Header) -> dict[str, str]:
+    """What peft says of its adapter_model.safetensors in a file beside it: its alpha, above all."""
+    config = path.with_name("adapter_config.json")
+    if path.name != "adapter_model.safetensors" or not config.is_file():
+        return {}
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+        parts = {name.partition(".")[0] for name in header.tensors}
+        return {DIFFUSERS_METADATA: json.dumps({f"{part}.{key}": value for part in sorted(parts) for key, value in fields.items()})}
+    except (OSError, ValueError, AttributeError) as error:
+        raise FinetuneError(f"its {config.name} cannot be read: {error}") from None
 
 
 def save(artifact: Artifact, path: str | Path, format_name: str, spec: FamilySpec) -> None:
@@ -138,6 +161,8 @@ def peft_configs(metadata: Mapping[str, str]) -> dict[str, dict]:
         for config in configs.values():
             alphas = config.get("alpha_pattern", {}) | {"": config.get("lora_alpha", 1)}
             for pattern, alpha in alphas.items():
+                if re.search(r"[^\w.^$|()\\*-]", pattern) or pattern.count("*") > 2 or "(" in pattern:
+                    raise ValueError(f"the pattern {pattern!r}")        # one from outside that could take for ever
                 re.compile(pattern)
                 if not isinstance(alpha, (int, float)):
                     raise TypeError(f"an alpha of {alpha!r}")
@@ -158,12 +183,11 @@ def _some(keys: list[str]) -> str:
 # What a file is, by the first pattern that any of its tensors' names contains: pattern, kind, format if none here reads it.
 _KINDS = (
     (r"\.dora_scale$", "dora", None),
-    (r"\.lora_magnitude_vector", "dora", "peft"),
     (r"\.hada_w1_", "loha", None),
     (r"\.lokr_w", "lokr", None),
-    (r"\.oft_blocks$|^oft_unet_", "oft", "sd-scripts"),
+    (r"\.oft_(blocks|R)\b", "oft", "peft"),
     (r"\.lora_(down|up|A|B)\b|[._]lora\.(down|up)\.|\.lora_linear_layer\.", "lora", None),
-    (r"^lora_.*\.diff$", "difference", None),
+    (r"^(lora_|unet\.|text_encoder).*\.diff$", "difference", None),
     (r"^(emb_params|clip_l|clip_g)$", "embedding", "webui"),
     (r"^model\.diffusion_model\.", "checkpoint", "single_file"),
     (r"^first_stage_model\.|^(encoder\.down|decoder\.up)\.\d", "vae", "single_file"),
@@ -188,6 +212,7 @@ _ONE = re.compile(r"[._](lora_down|lora_A|lora\.down|lora_linear_layer\.down|had
 
 def identify(header: Header) -> dict:
     """What a header says: kind, format, family (None when unknown), ranks, alphas, modules by part."""
+    header = plain(header)
     names = header.tensors
     kind, format_name = next(
         ((kind, form) for pattern, kind, form in _KINDS if any(re.search(pattern, name) for name in names)),

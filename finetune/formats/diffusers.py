@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from finetune.artifact import Artifact, Header, fold_alpha, modules, published
 from finetune.families._vae import is_vae
 from finetune.formats import _tokens
+from finetune.formats._modules import ROLES
 from finetune.formats.base import (
     DIFFUSERS_METADATA, Place, bare_vae, common_metadata, gather, number, peft_configs, rank_and_alpha, whole_vae,
 )
@@ -23,8 +24,8 @@ if TYPE_CHECKING:  # both cost an import of torch
 # Its loader refuses LoHa, LoKr, OFT and differences, and drops a dora_scale; `full` is a folder, see train/export.py.
 KINDS = ("lora", "vae", "full", "embedding")
 WRITTEN = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"}
-# The first is what we write; diffusers' own scripts also write the others.
-SUFFIXES = {
+# The first is what we write; diffusers' own scripts also write the others. What it would not load is read all the same.
+SUFFIXES = {f".{role}": role for role in ROLES if role not in WRITTEN} | {
     ".lora_A.weight": "lora_A", ".lora.down.weight": "lora_A", ".lora_linear_layer.down.weight": "lora_A",
     ".lora_B.weight": "lora_B", ".lora.up.weight": "lora_B", ".lora_linear_layer.up.weight": "lora_B",
 }
@@ -58,7 +59,7 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: Fam
         patterns = config.get("alpha_pattern", {}).items()
         # The rule is peft's.
         matching = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", path))
-        value = next(matching, config.get("lora_alpha", rank))
+        value = next(matching, config.get("lora_alpha", config.get("alpha", rank)))
         return value * math.sqrt(rank) if config.get("use_rslora") else value
 
     return gather(tensors, metadata, spec, locate, alpha)

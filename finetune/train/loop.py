@@ -34,9 +34,8 @@ def train(run: Run, start: int, window: Window, stop: Stop) -> None:
         preview(run, start, stop)
         if stopped := stop.received(accelerator):       # nothing is new since the start
             raise Stopped(stopped)
-    if every.validate and start % every.validate == 0:
-        if validate(run, start):
-            return
+    if every.validate and (start % every.validate == 0 or start == last) and validate(run, start):
+        return
     for step, batches in zip(range(start, last), run.loader.run(range(start, last))):
         loss, norm = one_step(run, step, batches)
         window.add(loss, norm, sum(len(batch.positions) for batch in batches))

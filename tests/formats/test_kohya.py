@@ -167,6 +167,6 @@ def test_load_tells_an_adapter_of_another_family(tmp_path):
 
 
 def test_load_tells_a_file_that_no_format_reads(tmp_path):
-    write_safetensors(tmp_path / "x", {"oft_unet_x.oft_blocks": torch.zeros(2, 2, 2)}, {})
+    write_safetensors(tmp_path / "x", {"base_model.model.x.oft_R.weight": torch.zeros(2, 3)}, {})
     with pytest.raises(FinetuneError, match="no format reads it: kind oft"):
         base.load(tmp_path / "x", SPEC)
