@@ -56,6 +56,12 @@ class UNetFamily:
         """Whether no text at all is zeros, and not what the encoders make of "": SDXL was trained so."""
         return "text_2" in self.text and bool(self.source.index.get("force_zeros_for_empty_prompt", True))
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether the network wants to see more than noisy latents: where to paint, and the picture without that."""
+        unet, vae = self.source.config("unet"), self.source.config("vae")
+        return unet.get("in_channels", 4) > vae.get("latent_channels", 4)
+
     @torch.no_grad()
     def moments(self, pixels_B3HW: Tensor) -> Tensor:
         """Mean and log-variance of the VAE's posterior, (B, 2C, h, w) float32; the same inside the loop as before it."""
@@ -117,8 +123,9 @@ class UNetFamily:
 
     def denoise(self, x_BChw: Tensor, t_B: Tensor, conditioning: Conditioning, geometry_B6: Tensor) -> Tensor:
         """The network's prediction, (B, C, h, w) float32. Only SDXL is told the geometry, and what is pooled."""
-        unet = self.parts["denoiser"]
-        added = {}
+        unet, added = self.parts["denoiser"], {}
+        if conditioning.beside is not None:
+            x_BChw = torch.cat([x_BChw, conditioning.beside], 1)
         if conditioning.pooled is not None:
             added = {"added_cond_kwargs": {"text_embeds": conditioning.pooled.to(unet.dtype), "time_ids": geometry_B6}}
         return unet(x_BChw.to(unet.dtype), t_B, encoder_hidden_states=conditioning.tokens.to(unet.dtype),
@@ -132,11 +139,10 @@ class UNetFamily:
             tokenizer(self.spec, part): words for part, words in self.tokenizers.items()}
         # A scheduler of its own: sampling rewrites its tables.
         components["scheduler"] = type(self.scheduler).from_config(self.scheduler.config)
-        if "text_2" in self.text:
-            return diffusers.StableDiffusionXLPipeline(**components, force_zeros_for_empty_prompt=self.zeros,
-                                                       add_watermarker=False)
-        return diffusers.StableDiffusionPipeline(**components, safety_checker=None, feature_extractor=None,
-                                                 requires_safety_checker=False)
+        xl = "text_2" in self.text
+        cls = getattr(diffusers, f"StableDiffusion{'XL' * xl}{'Inpaint' * self.inpaints}Pipeline")
+        return cls(**components, **{"force_zeros_for_empty_prompt": self.zeros, "add_watermarker": False} if xl else
+                   {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False})
 
     def save(self, folder: Folder, dtype: torch.dtype) -> None:
         """A diffusers folder with the weights in `dtype`, under the published names."""

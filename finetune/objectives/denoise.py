@@ -3,7 +3,7 @@
     loss = share · sum over the batch of  weight_i · w(t_i) · mean over the mask of cost(prediction − target)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Denoise:
     def __call__(self, family, batch: Batch, seed: int) -> Losses:
         device, positions, path = batch.weight.device, batch.positions, self.path or family.path
         x0 = latents(family, batch, seed)
-        conditioning = batch.conditioning or family.encode_text(batch.captions)
+        conditioning = replace(batch.conditioning or family.encode_text(batch.captions), beside=batch.beside)
         fraction = self.law(laws.draw(seed, positions, self.strata))
         t = path.time(fraction, batch.geometry[:, 4:].prod(1))      # on the CPU, as all of the path
         epsilon = self.epsilon.draw(x0.shape[1:], seed, positions)

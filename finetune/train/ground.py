@@ -59,6 +59,9 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     index, held = pictures(recipe, say, not accelerator.is_main_process)
     family = registry.find("families", recipe.base.family).load(
         recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant)
+    if family.inpaints and recipe.objective.kind == "denoise":
+        raise FinetuneError(f"base.path: {family.source.path} is an inpainting model, which is told where to paint; this version "
+                            "makes no such masks, so it cannot train it; its base without inpainting can be trained")
     families.merge(family.parts, [(formats.load(a.path, family.spec), a.strength) for a in recipe.base.adapters])
     family.long = recipe.data.caption.long
     stride = family.stride

@@ -146,7 +146,7 @@ def to_device(batch: Batch, where: torch.device) -> Batch:
 
     text = (told := batch.conditioning) and Conditioning(move(told.tokens), move(told.pooled), move(told.mask))
     return replace(batch, weight=move(batch.weight), geometry=move(batch.geometry), pixels=move(batch.pixels),
-                   latents=move(batch.latents), mask=move(batch.mask), conditioning=text)
+                   latents=move(batch.latents), mask=move(batch.mask), beside=move(batch.beside), conditioning=text)
 
 
 def code() -> str:

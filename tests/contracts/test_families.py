@@ -198,3 +198,31 @@ def test_a_learned_token_leaves_the_end_where_it_is(own):
         said = own.encode_text(["a zkw on white", "zkw"])
     assert torch.equal(said.tokens, plain.tokens) and (plain.pooled is None or torch.equal(said.pooled, plain.pooled))
     assert own.learned is None and "zkw" not in own.tokenizers[parts[-1]].get_vocab()
+
+
+def test_an_inpainting_network_is_called_as_the_pipeline_does(member, monkeypatch):
+    family = registry.find("families", "sd1").load(str(member("sd15-inpainting")))
+    pipe, calls, unet = family.pipeline(), [], family.parts["denoiser"]
+    pipe.set_progress_bar_config(disable=True)
+    real = unet.forward
+
+    def spy(sample, timestep, **rest):
+        calls.append((sample, timestep, real(sample, timestep, **rest)[0]))
+        return calls[-1][2:]
+
+    monkeypatch.setattr(unet, "forward", spy)
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 32:] = 1
+    pipe(CAPTIONS[0], image=torch.zeros(1, 3, 64, 64), mask_image=mask, num_inference_steps=1, guidance_scale=1.0, height=64, width=64)
+    monkeypatch.undo()
+    sample, t, wanted = calls[0]
+    assert sample.shape[1] == 9 and torch.equal(sample[:, 4:5], mask[..., ::8, ::8])
+    with torch.no_grad():
+        told = replace(family.encode_text(CAPTIONS[:1]), beside=sample[:, 4:])
+        found = family.denoise(sample[:, :4], t.expand(1), told, torch.zeros(1, 6))
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_an_inpainting_model_is_not_trained_without_masks(member, recipe, train, tmp_path, capsys):
+    assert train(recipe, tmp_path / "run", "--set", f"base.path={member('sd15-inpainting')}") == 2
+    assert "is an inpainting model" in capsys.readouterr().err
