@@ -80,7 +80,8 @@ def modules(tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], dict[str, Te
 
 def published(path: str) -> str:
     """A module path with the `text_model.` that transformers >= 5.6 and some files leave out."""
-    return f"text_model.{path}" if path.startswith(("encoder.layers.", "final_layer_norm.")) else path
+    flat = ("embeddings.", "encoder.layers.", "final_layer_norm.")
+    return f"text_model.{path}" if path.startswith(flat) else path
 
 
 def fold_alpha(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Merge adapters into a base, as a diffusers folder that every tool loads."""
+"""Merge adapters into a base, as a diffusers folder or a single file."""
 
 from pathlib import Path
 
@@ -10,7 +10,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--variant", help="of the weight files, such as fp16")
     parser.add_argument("--adapter", action="append", required=True, metavar="FILE[:STRENGTH]", help="can be repeated")
     parser.add_argument("--dtype", default="float16", help="of the written weights: float32, bfloat16 or float16")
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="a folder that does not exist yet")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="a folder that does not exist yet, or a file whose name ends with .safetensors: the "
+                        "original naming, which every tool reads")
 
 
 def run(args) -> int:
@@ -20,6 +21,7 @@ def run(args) -> int:
     from finetune.commands.sample import dtype, load, make, parse_adapter
     from finetune.errors import FinetuneError
     from finetune.families import base as families
+    from finetune.formats import single_file
 
     if args.out.exists():
         raise FinetuneError(f"--out {args.out}: is there already; it is not overwritten")
@@ -32,6 +34,9 @@ def run(args) -> int:
     if overflow:
         raise FinetuneError(f"merged weights of {', '.join(overflow)} are not finite in {args.dtype}; use --dtype float32")
     make(args.out.parent)
-    families.write(family, args.out, target)
+    if args.out.suffix == ".safetensors":
+        single_file.write(family, args.out, target, {"modelspec.title": args.out.stem})
+    else:
+        families.write(family, args.out, target)
     print(f"{args.out}: {family.source.name} + " + " + ".join(f"{strength:g} × {path.name}" for path, strength in adapters))
     return 0

@@ -20,6 +20,7 @@ from finetune.artifact import (
     Artifact, Header, fold_alpha, modules, read_header, read_tensors, write_safetensors,
 )
 from finetune.errors import FinetuneError
+from finetune.families._vae import to_ldm
 from finetune.formats._modules import kind_of, settle
 from finetune.formats._tokens import is_bare, is_named, rows, shapes, token
 
@@ -106,6 +107,12 @@ def whole_vae(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: 
 def bare_vae(artifact: Artifact) -> dict[str, Tensor]:
     """Its weights in the names of diffusers."""
     return {name.removeprefix("vae."): t for name, t in artifact.tensors.items()}
+
+
+def ldm_vae(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) in the names of LDM, bare: the one file of a VAE that every tool reads."""
+    said = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{spec.architecture}/vae"}
+    return to_ldm(bare_vae(artifact)), common_metadata(artifact) | said
 
 
 def common_metadata(artifact: Artifact) -> dict[str, str]:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from finetune.artifact import Artifact, Header, fold_alpha, modules, published
+from finetune.families._vae import is_vae
 from finetune.formats import _tokens
-from finetune.formats._vae import is_vae
 from finetune.formats.base import (
     DIFFUSERS_METADATA, Place, bare_vae, common_metadata, gather, number, peft_configs, rank_and_alpha, whole_vae,
 )

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from finetune.artifact import Artifact, Header, fold_alpha, modules, published
+from finetune.families._vae import from_ldm, is_vae
 from finetune.formats import _tokens
 from finetune.formats._modules import KINDS as _KINDS
 from finetune.formats._modules import ROLES
 from finetune.formats._sgm import from_sgm, to_sgm
-from finetune.formats._vae import from_ldm, is_vae, to_ldm
-from finetune.formats.base import Place, bare_vae, common_metadata, gather, number, rank_and_alpha, whole_vae
+from finetune.formats.base import Place, common_metadata, gather, ldm_vae, number, rank_and_alpha, whole_vae
 
 if TYPE_CHECKING:  # both cost an import of torch
     from torch import Tensor
@@ -69,8 +69,7 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: Fam
 def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) as sd-scripts and LyCORIS write them, always with alphas, and the same for every run."""
     if artifact.kind == "vae":
-        said = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{spec.architecture}/vae"}
-        return to_ldm(bare_vae(artifact)), common_metadata(artifact) | said
+        return ldm_vae(artifact, spec)
     if artifact.kind == "embedding":
         said = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{spec.architecture}/textual-inversion",
                 "ss_base_model_version": spec.base_version}

@@ -11,6 +11,7 @@ from finetune.change import core
 from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.formats import base as formats
+from finetune.formats import single_file
 from finetune.runfolder import RunFolder, write_text
 from finetune.tokens import hidden
 from finetune.train import verify
@@ -18,15 +19,21 @@ from finetune.train.setup import Run
 
 
 def write(artifacts: dict[str, Artifact], folder: RunFolder, format_names: list[str], family) -> list[Path]:
-    """One file per artifact and format, each opened again and compared; a whole model is a folder, an extracted LoRA a file
-    for most tools. Raises FinetuneError rather than hand over a bad adapter."""
+    """One file per artifact and format, each opened again and compared; a whole model is a folder or a single file, an
+    extracted LoRA a file for most tools. Raises FinetuneError rather than hand over a bad adapter."""
     paths, spec = [], family.spec
     for title, artifact in artifacts.items():
         check(artifact)
         if artifact.kind == "full":
-            paths.append(folder.adapters / folder.name)
+            dtype = next(family.parts["denoiser"].parameters()).dtype
             with hidden(family):
-                families.write(family, paths[-1], next(family.parts["denoiser"].parameters()).dtype)
+                for name in format_names:
+                    if name == "single_file":
+                        paths.append(folder.adapter(name, True, title))
+                        single_file.write(family, paths[-1], dtype, artifact.metadata)
+                    else:
+                        paths.append(folder.adapters / folder.name)
+                        families.write(family, paths[-1], dtype)
             continue
         for i, name in enumerate(["kohya"] if "finetune.extracted" in artifact.metadata else format_names):
             path = folder.adapter(name, i == 0, title)

@@ -150,5 +150,5 @@ def needed_bytes(run: Run) -> int:
     moments = 4 if run.recipe.train.optimizer == "prodigy" else 2
     checkpoint = trained * (1 + moments + bool(run.ema))
     whole = sum(p.numel() * 4 for part in run.family.parts.values() for p in part.parameters())
-    exported = whole if any(method.kind in WHOLE for method in run.method.methods) else trained * len(run.recipe.export)
+    exported = (whole if any(method.kind in WHOLE for method in run.method.methods) else trained) * len(run.recipe.export)
     return checkpoint * (run.recipe.train.keep_checkpoints + 1) + exported + 20_000_000

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from finetune import registry, tokens
-from finetune.artifact import WHOLE, Artifact, modules
+from finetune.artifact import WHOLE, Artifact, modules, read_header
 from finetune.change import core
 from finetune.diffusion import noise
 from finetune.families import base as families
 from finetune.formats import base as formats
+from finetune.formats import single_file
 from finetune.train.preview import resting
 
 STRENGTHS = (0.5, 1.0)
@@ -42,7 +43,7 @@ def verify(path: Path, family, expected: dict[float, Tensor] | None = None) -> l
     """Every check of one file on one base. Without `expected`, the probe's outputs with the file merged by ourselves.
 
     Raises FinetuneError when the file is no adapter, or not one of this family."""
-    if path.is_dir():
+    if path.is_dir() or expected and single_file.reads(read_header(path)):
         return [reloaded(path, family, expected)]
     artifact = formats.load(path, family.spec)
     checks, misfits = alone(artifact), families.misfits(family.parts, artifact)
@@ -158,10 +159,14 @@ def by_itself(artifact: Artifact, family, wanted: Tensor) -> Check:
     return compared(family, name, drawn(fresh), wanted)
 
 
-def reloaded(folder: Path, family, expected: dict[float, Tensor]) -> Check:
-    """The probe of a whole model that is loaded as a base, against what is expected at strength 1."""
+def reloaded(path: Path, family, expected: dict[float, Tensor]) -> Check:
+    """The probe of a whole model that is loaded again, against what is expected at strength 1."""
     device, dtype = expected[1.0].device, next(family.parts["denoiser"].parameters()).dtype
-    again = registry.find("families", family.spec.name).load(str(folder), dtype)
+    if path.is_dir():
+        again = registry.find("families", family.spec.name).load(str(path), dtype)
+    else:       # its own config may be none of the published ones
+        again = copy.copy(family)
+        again.parts = single_file.read(path, family)
     for part in again.parts.values():
         part.to(device)
     return compared(again, "loaded again as a base", probe(again), expected[1.0])

@@ -30,10 +30,15 @@ def is_vae(names: Iterable[str], ldm: bool) -> bool:
     return all(name.startswith(ROOTS) for name in names) and any(re.match(level, name) for name in names)
 
 
+def ldm_names(names: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """diffusers' name of each tensor -> LDM's, and whether it is a linear layer here and a convolution there."""
+    levels = _levels(names := list(names), r"decoder\.up_blocks\.(\d+)\.")
+    return {name: (_renamed(name, PIECES, ATTENTION, levels), _linear(name, "mid_block.attentions.0.")) for name in names}
+
+
 def to_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    levels = _levels(tensors, r"decoder\.up_blocks\.(\d+)\.")
-    return {_renamed(name, PIECES, ATTENTION, levels): t[..., None, None] if _linear(name, "mid_block.attentions.0.") else t
-            for name, t in tensors.items()}
+    return {ldm: tensors[name][..., None, None] if linear else tensors[name]
+            for name, (ldm, linear) in ldm_names(tensors).items()}
 
 
 def from_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

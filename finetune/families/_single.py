@@ -1,0 +1,237 @@
+"""A base, or a part of one, from a single file in the original naming: offline, tensor by tensor."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from finetune.artifact import Header, published, read_header
+from finetune.errors import FinetuneError
+from finetune.families import _original
+from finetune.families._identify import Known, Place, identify
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ENDS = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """Where a base comes from, as `base.Source` is: a file, the config of what it was recognised as, and CLIP's vocabulary."""
+
+    path: str
+    known: Known
+    configs: dict[str, dict]        # model_index, and that of every component
+    revision: None = None
+    variant: None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    @cached_property
+    def index(self) -> dict:
+        """model_index.json, without what the pipeline can do without and this file does not have: T5, or its vocabulary."""
+        absent = {c: [None, None] for c in ("text_encoder_3", "tokenizer_3")
+                  if c in self.configs["model_index"] and ("text_encoder_3" not in self.known.places or "tokenizer_3" not in self.configs)}
+        return self.configs["model_index"] | absent
+
+    def has(self, component: str) -> bool:
+        return bool((self.index.get(component) or [None])[0])
+
+    def config(self, component: str) -> dict:
+        if component not in self.configs:
+            raise FinetuneError(f"base.path: {self.path}: a model of the kind {self.known.name} has no {component}")
+        return self.configs[component]
+
+    def load(self, cls: type, component: str, dtype: torch.dtype) -> nn.Module:
+        """A frozen part in eval mode. Raises FinetuneError when it is not in the file or does not fit the config."""
+        try:
+            if component not in self.known.places:
+                raise FinetuneError(f"it holds no {component}: give a whole checkpoint, or the {component} by itself")
+            return load(self.path, self.known.places[component], cls, self.config(component), dtype)
+        except FinetuneError as e:
+            raise FinetuneError(f"base.path: {self.path}: {e}") from None
+
+    def tokenizer(self, component: str) -> CLIPTokenizer:
+        if component not in self.configs:
+            raise FinetuneError(f"base.path: {self.path}: the vocabulary of its {component} (T5) is not in such a file; "
+                                "train without T5, or from a diffusers folder")
+        return clip_tokenizer(self.configs[component])
+
+    def scheduler(self):
+        """The sampler that models of this kind are published with, as the file says its noising is."""
+        import diffusers
+
+        config = self.config("scheduler")
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def source(path: str) -> SingleFile:
+    """The base in a file. Raises FinetuneError for what is none: what it is, and what to do."""
+    try:
+        header = read_header(path)
+        known = identify(header)
+        if known.family is None:
+            raise FinetuneError(f"it holds nothing but the {', '.join(known.places)}: give it beside a base, not as one")
+        if known.family == "sd2" and known.prediction is None:
+            known = replace(known, **_measured(path, known))
+    except FinetuneError as e:
+        raise FinetuneError(str(e) if str(e).startswith(str(path)) else f"base.path: {path}: {e}") from None
+    return SingleFile(str(path), known, configs(known))
+
+
+def configs(known: Known) -> dict[str, dict]:
+    """What is shipped for a model of this kind, with the noising that its file tells of."""
+    found = json.loads((ASSETS / "configs" / f"{known.name}.json").read_text(encoding="utf-8"))
+    said = {"prediction_type": known.prediction} if known.prediction else {}
+    if known.zero_snr:      # PNDM knows none
+        pndm = found["scheduler"]["_class_name"] == "PNDMScheduler"
+        said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} | ({"_class_name": "DDIMScheduler"} if pndm else {})
+    found["scheduler"] |= said
+    found["model_index"]["scheduler"] = ["diffusers", found["scheduler"]["_class_name"]]
+    return found
+
+
+def _measured(path: str, known: Known) -> dict:
+    """Base and 768-v of SD 2 have the same keys and shapes. The biases of the last norm spread further in those that predict
+    v: the threshold is the one that ComfyUI goes by."""
+    name = known.places["unet"][1] + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    try:
+        with safe_open(path, "pt") as file:
+            spread = file.get_tensor(name).float().std(correction=0).item()
+    except SafetensorError:
+        raise FinetuneError(f"it lacks {name}: it is cut or no whole Stable Diffusion 2") from None
+    v = spread > 0.09
+    return {"name": "sd21" if v else "sd21-base", "prediction": "v_prediction" if v else "epsilon",
+            "notes": (*known.notes, f"the file does not say what it predicts; {'v' if v else 'the noise'}, by the spread of a norm")}
+
+
+class _Tensors(Mapping):
+    """The tensors behind a prefix, each fetched and cast when it is asked for."""
+
+    def __init__(self, file, prefix: str, names: list[str], dtype: torch.dtype):
+        self.file, self.prefix, self.names, self.dtype = file, prefix, names, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.file.get_tensor(self.prefix + name).to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def load(path: str, place: Place, cls: type, config: dict, dtype: torch.dtype) -> nn.Module:
+    """One frozen part of a file, in eval mode. Raises FinetuneError when its tensors are not those of the config."""
+    kind, prefix = place
+    part = empty(cls, config)
+    ours = {published(name): t for name, t in part.state_dict().items()}
+    shapes = {name: tuple(t.shape) for name, t in ours.items()}
+    table = _original.rows(kind, shapes)
+    check(read_header(path), place, table, shapes)
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = dict(_original.read(_Tensors(file, prefix, [row.theirs for row in table], dtype), table, shapes))
+    except SafetensorError as e:
+        raise FinetuneError(f"cannot be read: {e}") from None
+    part.load_state_dict({name: tensors[published(name)].to(dtype) for name in part.state_dict()}, assign=True)
+    if hasattr(part, "tie_weights"):
+        part.tie_weights()
+    return part.requires_grad_(False).eval()
+
+
+def empty(cls: type, config: dict) -> nn.Module:
+    """The part without memory for its weights."""
+    from accelerate import init_empty_weights
+
+    with ExitStack() as stack:
+        if hasattr(cls, "from_config"):     # diffusers: every buffer is in the state dict
+            stack.enter_context(torch.device("meta"))
+            return cls.from_config(config)
+        stack.enter_context(init_empty_weights(include_buffers=False))      # transformers: its buffers are not
+        return cls(cls.config_class.from_dict(config))
+
+
+def check(header: Header, place: Place, table: list[_original.Row], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises FinetuneError unless the file has the tensors of the table, in their shapes, and no others that matter."""
+    kind, prefix = place
+    found = {name.removeprefix(prefix): shape for name, (_, shape) in header.tensors.items() if name.startswith(prefix)}
+    wanted = {row.theirs: row.shape(shapes) for row in table if row.theirs}
+    missing = [name for name in wanted if name not in found]
+    other = [name for name in wanted if name in found and found[name] != wanted[name]
+             and not (found[name] == wanted[name][:2] and wanted[name][2:] == (1, 1))]
+    droppable = _original.DROPPED if kind in ("open_clip", "clip", "flat_clip", "unprojected_clip") else None
+    strange = [name for name in found if name not in wanted and prefix and not _original.NEEDLESS.search(name)
+               and not (droppable and droppable.search(name))]
+    if other:
+        first = next((name for name in other if name.endswith("conv_in.weight")), other[0])
+        raise FinetuneError(f"{len(other)} of {len(wanted)} tensors of its {kind} have other shapes than this model's, for example "
+                            f"{prefix}{first}: {found[first]}, and {wanted[first]} is needed; it is of another model")
+    if missing:
+        raise FinetuneError(f"its {kind} lacks {len(missing)} of {len(wanted)} tensors, for example {prefix}{missing[0]}; "
+                            "it is pruned too far, or of another model")
+    if strange:
+        raise FinetuneError(f"its {kind} has {len(strange)} tensors that this model has no place for, for example "
+                            f"{prefix}{strange[0]}; it is of another model")
+
+
+def part(path: str, cls: type, component: str, dtype: torch.dtype, config: dict) -> nn.Module:
+    """A frozen part in place of a base's own: from a diffusers folder, that of a pipeline or of the part, or from a file.
+
+    `config` is the base's. Raises FinetuneError for a part that is none, or whose shapes or scale are another family's.
+    A VAE of SDXL in a file of its own cannot be told from one of SD 1: their shapes are the same."""
+    from finetune.families.base import Source
+
+    path = Path(path).expanduser()
+    try:
+        if path.is_dir():
+            folder = path / component if (path / component).is_dir() else path
+            own = Source(str(folder.parent), None, None, {})
+            _same_scale(own.config(folder.name), config)
+            found = own.load(cls, folder.name, dtype)
+            wanted = {name: t.shape for name, t in empty(cls, config).state_dict().items()}
+            if wrong := [name for name, t in found.state_dict().items() if wanted.get(name) != t.shape]:
+                raise FinetuneError(f"{len(wrong)} tensors are not of the base's shape, for example {wrong[0]}")
+            return found
+        known = identify(read_header(path))
+        place = known.places.get(component) or (known.places.get("text_encoder") if "text" in component else None)
+        if not place:
+            raise FinetuneError(f"it holds no {component}, but {', '.join(known.places)}")
+        if known.name:
+            _same_scale(configs(known)[component], config)
+        return load(str(path), place, cls, config, dtype)
+    except FinetuneError as e:
+        raise FinetuneError(f"base.{component}: {path}: {e}") from None
+
+
+def _same_scale(own: dict, config: dict) -> None:
+    for key in ("scaling_factor", "shift_factor"):
+        if own.get(key) != config.get(key):
+            raise FinetuneError(f"its {key} is {own.get(key)}, and the base's is {config.get(key)}: it is of another family")
+
+
+def clip_tokenizer(config: dict) -> CLIPTokenizer:
+    """CLIP's, of 49 408 tokens; `config` says what it fills up with. From assets/clip_bpe, in the order of open_clip."""
+    from transformers import CLIPTokenizer
+
+    with gzip.open(ASSETS / "clip_bpe" / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
+        merges = [tuple(line.split()) for line in file.read().split("\n")[1:48895]]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]       # the other bytes get letters from 256 on
+    letters = [*map(chr, printable), *map(chr, range(256, 512 - len(printable)))]
+    tokens = letters + [f"{letter}</w>" for letter in letters] + ["".join(pair) for pair in merges] + list(ENDS)
+    settings = {key: config[key] for key in ("bos_token", "eos_token", "unk_token", "pad_token", "model_max_length")}
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, **settings)
