@@ -6,7 +6,7 @@ Nothing here needs torch; names of files are not looked at.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from finetune.artifact import Header
 from finetune.errors import FinetuneError
@@ -67,7 +67,7 @@ class Known:
     places: dict[str, Place]        # the components it holds, and where
     prediction: str | None = None   # where the file says it, as diffusers does: epsilon or v_prediction
     zero_snr: bool = False          # zero terminal SNR, likewise
-    notes: tuple[str, ...] = field(default=())      # what else is in it
+    notes: tuple[str, ...] = ()     # what else is in it
 
 
 def identify(header: Header) -> Known:
@@ -140,5 +140,7 @@ def _notes(header: Header, places: dict[str, Place]) -> tuple[str, ...]:
     rest = [name for name in header.tensors if not name.startswith(prefixes) and not _BESIDE.match(name)]
     ema = [name for name in rest if name.startswith("model_ema.")]
     other = [name for name in rest if not name.startswith("model_ema.")]
-    notes = [f"it also has {len(ema)} tensors of a moving average (model_ema.), which are not used"] if ema else []
+    notes = ["the 24th layer of its text encoder is not used by SD 2, and is in no file that is written from it"] \
+        if "cond_stage_model.model.transformer.resblocks.23.ln_1.weight" in header.tensors else []
+    notes += [f"it also has {len(ema)} tensors of a moving average (model_ema.), which are not used"] if ema else []
     return tuple(notes + ([f"{len(other)} tensors are of no part that is known here, for example {other[0]}"] if other else []))

@@ -11,7 +11,7 @@ from finetune.change import core
 from finetune.formats import base
 
 SPEC = registry.find("families", "sd1").SPEC
-FORMATS = registry.names("formats")
+FORMATS = [name for name in registry.names("formats") if "lora" in registry.find("formats", name).KINDS]
 CONV = "up_blocks.0.resnets.0.conv1"
 ROWS = "denoiser", "text"
 

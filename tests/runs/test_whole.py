@@ -75,15 +75,15 @@ def test_two_processes_train_the_same_as_one(recipe, train, tmp_path, words, fou
 
 
 def test_a_full_fine_tune_is_a_model_that_plain_diffusers_loads(recipe, train, tmp_path):
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
     from finetune.families import sd1
 
-    assert train(recipe, tmp_path / "run", *FULL) == 0
+    assert train(recipe, tmp_path / "run", *FULL, "--set", "export=[diffusers, single_file]") == 0
     out = tmp_path / "run" / "adapter"
     checks = json.loads((out / "verify.json").read_text())
-    assert checks["small"] == [{"name": "loaded again as a base", "passed": True,
-                                "found": "relative difference 0.0e+00, at most 1e-05"}]
+    assert checks["small"] == checks["small.safetensors"] == [
+        {"name": "loaded again as a base", "passed": True, "found": "relative difference 0.0e+00, at most 1e-05"}]
     assert "of the change is left out" in checks["small.lora.safetensors"][3]["found"]
 
     trained = load_file(tmp_path / "run" / "checkpoints" / "step-00000004" / "parameters.safetensors")
@@ -94,6 +94,8 @@ def test_a_full_fine_tune_is_a_model_that_plain_diffusers_loads(recipe, train, t
         part, path = name.split(".", 1)
         state = parts[part].state_dict()
         assert torch.equal(state.get(path, state.get(path.removeprefix("text_model."))), value)
+    single = StableDiffusionPipeline.from_single_file(str(out / "small.safetensors"), config=str(TINY), local_files_only=True)
+    assert all(torch.equal(t, pipeline.unet.state_dict()[name]) for name, t in single.unet.state_dict().items())
     base = sd1.load("tiny").parts["denoiser"].state_dict()
     assert sum(not torch.equal(value, base[name]) for name, value in pipeline.unet.state_dict().items()) == \
         sum(name.startswith("denoiser.") for name in trained)
