@@ -8,7 +8,7 @@ Stability-AI/generative-models (UNet, VAE), mlfoundations/open_clip (text), Stab
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -102,35 +102,35 @@ RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_
           "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
 
 
-def unet_names(names: Iterable[str]) -> dict[str, str]:
-    """Our name -> that of a UNet of LDM or SGM, which counts every layer and sampler through all blocks."""
-    found = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")
-    names = list(names)
-    blocks = [match.groups() for name in names if (match := found.match(name))]
-    depth = 1 + max(int(layer) for side, _, what, layer in blocks if (side, what) == ("down", "resnets"))
-    attended = {block for side, block, what, _ in blocks if (side, what) == ("up", "attentions")}
+def unet_places(blocks: int, layers: int, attended: Container[int]) -> dict[str, str]:
+    """Our module -> that of a UNet of LDM or SGM, which counts every layer and sampler through all blocks. `layers` are those
+    of a block on the way down; an upsampler stands behind the attention, in the blocks that have it on the way up."""
+    places, span = dict(UNET), layers + 1
+    for block in range(blocks):
+        for slot, what in enumerate(("resnets", "attentions")):
+            places |= {f"down_blocks.{block}.{what}.{i}": f"input_blocks.{1 + span * block + i}.{slot}" for i in range(layers)}
+            places |= {f"up_blocks.{block}.{what}.{i}": f"output_blocks.{span * block + i}.{slot}" for i in range(span)}
+        places[f"down_blocks.{block}.downsamplers.0.conv"] = f"input_blocks.{span * (block + 1)}.0.op"
+        places[f"up_blocks.{block}.upsamplers.0.conv"] = f"output_blocks.{span * block + layers}.{1 + (block in attended)}.conv"
+    return places
 
-    def original(name: str) -> str:
-        if match := found.match(name):
-            side, block, what, layer = match.groups()
-            first, rest = int(block) * (depth + 1), name[match.end():]
-            if what.endswith("samplers"):
-                place = f"input_blocks.{1 + first + depth}.0." if side == "down" else \
-                    f"output_blocks.{first + depth}.{1 + (block in attended)}."
-                return place + (rest.replace("conv.", "op.") if side == "down" else rest)
-            place = f"input_blocks.{1 + first + int(layer)}" if side == "down" else f"output_blocks.{first + int(layer)}"
-            name = f"{place}.{int(what == 'attentions')}.{rest}"
-        else:
-            name = _start(name, UNET)
-        module, _, role = name.rpartition(".")
-        place, _, last = module.rpartition(".")
-        return f"{place}.{RESNET[last]}.{role}" if last in RESNET and ".transformer_blocks." not in name else name
 
-    return {name: original(name) for name in names}
+def moved(path: str, places: Mapping[str, str], layers: Mapping[str, str] = RESNET) -> str:
+    """The path with its place in the UNet replaced, and the layer of a resnet there; one of no known place stays."""
+    place = max((place for place in places if f"{path}.".startswith(f"{place}.")), key=len, default=None)
+    if place is None:
+        return path
+    rest = _start(f"{path[len(place) + 1:]}.", {f"{old}.": f"{new}." for old, new in layers.items()})
+    return f"{places[place]}.{rest}".rstrip(".")
 
 
 def _unet(names: list[str]) -> Placed:
-    yield from ((name, theirs, "same") for name, theirs in unet_names(names).items())
+    found = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.")
+    blocks = {match.groups() for name in names if (match := found.match(name))}
+    down = [(int(block), int(layer)) for side, block, what, layer in blocks if (side, what) == ("down", "resnets")]
+    attended = {int(block) for side, block, what, _ in blocks if (side, what) == ("up", "attentions")}
+    places = unet_places(1 + max(block for block, _ in down), 1 + max(layer for _, layer in down), attended)
+    yield from ((name, moved(name, places), "same") for name in names)
 
 
 def _vae(names: list[str]) -> Placed:

@@ -116,11 +116,13 @@ class Source:
 
 
 def locate(path: str, revision: str | None = None, variant: str | None = None) -> Source:
-    """The source behind `base.path`: `tiny`, a diffusers folder or a hub id. Raises FinetuneError when there is none."""
+    """The source behind `base.path`: `tiny`, a folder, a file or a hub id. Raises FinetuneError when there is none."""
     quiet()
     path = str(TINY) if path == "tiny" else str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
     if Path(path).is_file():
-        raise FinetuneError(f"base.path: {path} is a file; a diffusers folder or a hub id is needed")
+        from finetune.families._single import source
+
+        return source(path)
     if Path(path).is_dir() and not Path(path, "model_index.json").is_file():
         raise FinetuneError(f"base.path: {path} is no diffusers folder: it has no model_index.json")
     return Source(path, revision, variant, _object(path, "model_index.json", revision))

@@ -9,6 +9,7 @@ import transformers
 from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import load_file, save_file
 
+from finetune import registry
 from finetune.artifact import Header, published, read_header
 from finetune.errors import FinetuneError
 from finetune.families import _original, _single
@@ -288,9 +289,10 @@ def test_a_file_that_is_not_whole_or_of_another_model_is_refused(tmp_path):
 
     save_file(tensors, file)
     whole = file.read_bytes()
-    with pytest.raises(FinetuneError, match="other shapes than this model's"):      # thinner than what is published
-        source = _single.source(file)
-        source.load(type(modules["unet"]), "unet", torch.float32)
+    with pytest.raises(FinetuneError, match="base.path: .*other shapes than this model's"):     # thinner than what is published
+        registry.find("families", "sd1").load(str(file))
+    with pytest.raises(FinetuneError, match="base.family: sdxl, but .* is sd1: use family: sd1"):
+        registry.find("families", "sdxl").load(str(file))
     file.write_bytes(whole[:-100])
     with pytest.raises(FinetuneError, match="cut, damaged"):
         _single.source(file)

@@ -78,7 +78,7 @@ def test_a_hub_model_that_cannot_be_reached_is_told(path, monkeypatch):
 
 
 def test_a_file_and_a_folder_without_an_index_are_told(base):
-    assert "is a file" in problem(base / WEIGHTS["unet"])
+    assert "it is the denoiser of a diffusers folder" in problem(base / WEIGHTS["unet"])
     assert "no diffusers folder" in problem(base / "unet")
 
 
