@@ -4,14 +4,13 @@ from pathlib import Path
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--base", required=True, help="`tiny`, a diffusers folder or a hub id")
+    parser.add_argument("--base", required=True, help="`tiny`, a diffusers folder, a .safetensors file or a hub id")
     parser.add_argument("--family", default="sd1")
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--variant", help="of the weight files, such as fp16")
     parser.add_argument("--adapter", action="append", required=True, metavar="FILE[:STRENGTH]", help="can be repeated")
     parser.add_argument("--dtype", default="float16", help="of the written weights: float32, bfloat16 or float16")
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="a folder that does not exist yet, or a file whose name ends with .safetensors: the "
-                        "original naming, which every tool reads")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="what does not exist yet: a diffusers folder, or a file, NAME.safetensors, in the original naming")
 
 
 def run(args) -> int:
