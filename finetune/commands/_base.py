@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--base", required=True, help="`tiny`, a diffusers folder or a hub id")
+    parser.add_argument("--base", required=True, help="`tiny`, a diffusers folder, a .safetensors file or a hub id")
     parser.add_argument("--family", default="sd1")
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--variant", help="of the weight files, such as fp16")

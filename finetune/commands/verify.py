@@ -5,7 +5,8 @@ from pathlib import Path
 
 def add_arguments(parser) -> None:
     parser.add_argument("file", type=Path, help="an adapter")
-    parser.add_argument("--base", help="the base it is for: `tiny`, a diffusers folder or a hub id; without it only the file is checked")
+    parser.add_argument("--base", help="the base it is for: `tiny`, a diffusers folder, a .safetensors file or a hub id; "
+                        "without it only the file is checked")
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--variant", help="of the weight files, such as fp16")
     parser.add_argument("--family", default="sd1")

@@ -41,6 +41,10 @@ class SingleFile:
     def name(self) -> str:
         return Path(self.path).name
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.known.notes
+
     @cached_property
     def index(self) -> dict:
         """model_index.json, without what the pipeline can do without and this file does not have: T5, or its vocabulary."""

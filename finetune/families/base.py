@@ -54,6 +54,7 @@ class Source:
     revision: str | None
     variant: str | None
     index: dict             # model_index.json
+    notes = ()              # what is worth saying before a run: a single file has some
 
     @property
     def name(self) -> str:

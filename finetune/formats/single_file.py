@@ -42,6 +42,9 @@ def write(family, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -
 
     from finetune.families import _original
 
+    if family.spec.name not in LAYOUTS:
+        raise FinetuneError(f"{path}: a single file cannot hold a model of {family.spec.name}; {', '.join(LAYOUTS)} can be "
+                            "written so: write a diffusers folder")
     tensors = {}
     for part, module in family.parts.items():
         kind, prefix = LAYOUTS[family.spec.name][family.spec.components[part]]

@@ -152,7 +152,8 @@ class TextFull(BaseModel):
 
 
 class Full(BaseModel):
-    """The weights of the denoiser themselves. What comes out is a whole model, a diffusers folder."""
+    """The weights of the denoiser themselves. What comes out is a whole model, a diffusers folder or
+    a single file."""
 
     model_config = STRICT
 

@@ -49,7 +49,7 @@ class Base(BaseModel):
     family: Annotated[str, registered("families")] = "sd1"
     """The family of the model."""
     path: Text
-    """`tiny` (it ships with the toolkit), a hub id, or a diffusers folder."""
+    """`tiny` (it ships with the toolkit), a hub id, a diffusers folder, or a .safetensors file in the original naming."""
     revision: Text | None = None
     """Branch, tag or commit on the hub; null is the newest."""
     variant: Text | None = None
@@ -113,7 +113,7 @@ class Recipe(BaseModel):
     export: Annotated[Some[Annotated[str, registered("formats")]], AfterValidator(different)] = Field(
         default_factory=lambda known: ("diffusers",) if "full" in _kinds(known) else ("kohya",))
     """Formats that the result is written in, such as [kohya, diffusers]. Left out it is kohya, which most tools read; for
-    the method full, whose result is a diffusers folder, diffusers."""
+    the method full, whose result is a diffusers folder, diffusers; single_file writes that in the original naming."""
 
     @field_validator("method")
     @classmethod

@@ -104,6 +104,8 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     model, optimizer = accelerator.prepare(TrainStep(family, method, objective, train.seed), optimizer)
     trained = sum(p.numel() for p in parameters.values())
     say(f"base      {family.source.name} ({family.spec.name}, {family.path.prediction}, {recipe.base.dtype})")
+    for note in family.source.notes:
+        say(f"note: {note}")
     for line in ground.describe(recipe, base):
         say(line)
     kinds = " + ".join(getattr(words, "variant", words.kind) for words in recipe.method)
