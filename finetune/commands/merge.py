@@ -1,29 +1,49 @@
-"""Merge adapters into a base, as a diffusers folder that every tool loads."""
+"""Merge adapters into a base, as a diffusers folder that every tool loads, or without a base into one adapter."""
 
 from pathlib import Path
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--base", required=True, help="`tiny`, a diffusers folder or a hub id")
+    from finetune.commands import _lora
+
+    parser.add_argument("--base", help="`tiny`, a diffusers folder or a hub id; without it the adapters become one adapter")
     parser.add_argument("--family", default="sd1")
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--variant", help="of the weight files, such as fp16")
     parser.add_argument("--adapter", action="append", required=True, metavar="FILE[:STRENGTH]", help="can be repeated")
-    parser.add_argument("--dtype", default="float16", help="of the written weights: float32, bfloat16 or float16")
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="a folder that does not exist yet")
+    parser.add_argument("--dtype", help="of the written weights: float32, bfloat16 or float16; if not given, "
+                                        "float16 for a model and the widest of the adapters' own for an adapter")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH",
+                        help="a folder that does not exist yet; of an adapter a .safetensors file")
+    one = parser.add_argument_group("several adapters into one", "Without --base. LoRAs are added up exactly, and their ranks with "
+                                    "them; with a size, as near as that allows, and the error is said.")
+    _lora.cut_arguments(one, required=False)
+    one.add_argument("--json", action="store_true", help="print the error of every module, as JSON")
 
 
 def run(args) -> int:
+    from finetune.commands import _lora
+    from finetune.commands.sample import parse_adapter
+    from finetune.errors import FinetuneError
+
+    size, adapters = _lora.cut(args), [parse_adapter(text) for text in args.adapter]
+    if args.base and (size or args.json):
+        raise FinetuneError("--rank, --energy, --frobenius and --json are for merging adapters into one adapter, without --base")
+    return into_base(args, adapters) if args.base else into_one(args, adapters, size)
+
+
+def into_base(args, adapters: list[tuple[Path, float]]) -> int:
     import torch
 
     from finetune import registry
-    from finetune.commands.sample import dtype, load, make, parse_adapter
+    from finetune.commands.sample import dtype, load, make
     from finetune.errors import FinetuneError
     from finetune.families import base as families
 
     if args.out.exists():
         raise FinetuneError(f"--out {args.out}: is there already; it is not overwritten")
-    target, adapters = dtype(args.dtype), [parse_adapter(text) for text in args.adapter]
+    args.dtype = args.dtype or "float16"
+    target = dtype(args.dtype)
     # In float32, whatever is written: rounded once, at the end.
     family = registry.find("families", args.family).load(args.base, torch.float32, args.revision, args.variant)
     families.merge(family.parts, [(load(path, family.spec), strength) for path, strength in adapters])
@@ -33,5 +53,37 @@ def run(args) -> int:
         raise FinetuneError(f"merged weights of {', '.join(overflow)} are not finite in {args.dtype}; use --dtype float32")
     make(args.out.parent)
     families.write(family, args.out, target)
-    print(f"{args.out}: {family.source.name} + " + " + ".join(f"{strength:g} × {path.name}" for path, strength in adapters))
+    print(f"{args.out}: {family.source.name} + {_sum(adapters)}")
     return 0
+
+
+def into_one(args, adapters: list[tuple[Path, float]], size) -> int:
+    from finetune import registry
+    from finetune.artifact import Artifact, read_header
+    from finetune.commands import _lora
+    from finetune.errors import FinetuneError
+    from finetune.formats import base as formats
+    from finetune.lowrank import packed
+
+    _lora.new_file(args.out)
+    families = {path: formats.identify(read_header(path))["family"] or args.family for path, _ in adapters}
+    if len(set(families.values())) > 1:
+        said = ", ".join(f"{path.name} is for {family}" for path, family in families.items())
+        raise FinetuneError(f"--adapter: {said}; only adapters of one family can become one")
+    spec = registry.find("families", families[adapters[0][0]]).SPEC
+    loaded = [(path, formats.load(path, spec), strength) for path, strength in adapters]
+    found = _lora.summed(loaded, size)
+    if not any(product.norm for product in found.values()):
+        raise FinetuneError(f"--adapter: {_sum(adapters)} changes nothing; nothing is written")
+    tensors, found = packed(found, _lora.dtype(args.dtype, [artifact for _, artifact, _ in loaded]))
+    metadata = {"ss_output_name": args.out.stem, "modelspec.title": args.out.stem, "finetune.merged": _sum(adapters)}
+    bases = {artifact.metadata.get("ss_sd_model_name") for _, artifact, _ in loaded}
+    if len(bases) == 1 and None not in bases:
+        metadata["ss_sd_model_name"] = bases.pop()
+    formats.save(Artifact("lora", spec.name, tensors, metadata), args.out, _lora.format_of(adapters[0][0]), spec)
+    print(_lora.said(found, 0.0, args.out, args.json))
+    return 0
+
+
+def _sum(adapters: list[tuple[Path, float]]) -> str:
+    return " + ".join(f"{strength:g} × {path.name}" for path, strength in adapters)
