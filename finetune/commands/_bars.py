@@ -12,7 +12,8 @@ def text(values: Mapping[str, float], width: int) -> list[str]:
     """A line for each name, all within the width: `  name  ████ 0.1234`."""
     name = min(max(map(len, values)), width // 2)
     room, most = width - name - 15, max(values.values()) or 1.0
-    return [f"  {key[-name:]:<{name}}  {value:9.4f} {'█' * round(room * value / most)}".rstrip() for key, value in values.items()]
+    return [f"  {key[-name:]:<{name}}  {value:9.4f} {'█' * round(room * value / most)}".rstrip()
+            for key, value in values.items()]
 
 
 def draw(path: Path, title: str, values: Mapping[str, float], parts: Mapping[str, list[float]]) -> None:
@@ -22,7 +23,8 @@ def draw(path: Path, title: str, values: Mapping[str, float], parts: Mapping[str
     row, top, right, font = 24, 48, 90, ImageFont.load_default(14)
     left = 24 + round(max(map(font.getlength, values)))
     room, most = 700, max(values.values()) or 1.0
-    image = Image.new("RGB", (max(left + room + right, 24 + round(font.getlength(title))), top + row * len(values) + 40), "white")
+    width = max(left + room + right, 24 + round(font.getlength(title)))
+    image = Image.new("RGB", (width, top + row * len(values) + 40), "white")
     pen = ImageDraw.Draw(image)
     pen.text((12, 12), title, "black", font)
     for i, (name, value) in enumerate(values.items()):

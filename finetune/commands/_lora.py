@@ -1,4 +1,4 @@
-"""What merge, extract and resize share: how many ranks, the sum of adapters, the file that is written, the error that is said."""
+"""What merge, extract and resize share: how many ranks, the sum of adapters, the file and the error that is said."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def dtype(name: str | None, adapters: list[Artifact]):
 
     if name:
         return named(name)
-    return reduce(torch.promote_types, (t.dtype for a in adapters for role, t in a.tensors.items() if not role.endswith(".alpha")))
+    own = (t.dtype for adapter in adapters for key, t in adapter.tensors.items() if not key.endswith(".alpha"))
+    return reduce(torch.promote_types, own)
 
 
 def format_of(path: Path) -> str:
@@ -90,8 +91,8 @@ def summed(adapters: list[tuple[Path, Artifact, float]], size: Cut | None) -> di
             dependent = sorted({"dora_scale", "oft_blocks"} & module.keys())
             if dependent or "hada_w1_a" in module and KERNEL.fullmatch(name):
                 why = f"has {dependent[0]}: what it changes" if dependent else "is a LoHa: the kernel of its weight"
-                raise FinetuneError(f"{path}: {stem} {why} depends on the base\n    merge it into the base and take the difference: "
-                                    "finetune merge --base B --dtype float32 … --out M; finetune extract --base B --tuned M …")
+                raise FinetuneError(f"{path}: {stem} {why} depends on the base\n    merge it into the base and take "
+                                    "the difference: finetune merge --base B --dtype float32 … --out M; finetune extract --base B --tuned M …")
             if "lora_A" not in module and size is None:
                 raise FinetuneError(f"{path}: {stem} is no LoRA, so its ranks cannot be added up; give --rank N or --energy E")
             by_stem.setdefault(stem, []).append((path, module, strength))
@@ -108,8 +109,9 @@ def summed(adapters: list[tuple[Path, Artifact, float]], size: Cut | None) -> di
             if len(shapes) == 1:
                 found[stem] = nearest(sum(changes), size)
         if len(shapes) > 1:
-            raise FinetuneError(f"{stem}: {' and '.join(sorted(path.name for path, _, _ in own))} are for weights of the shapes "
-                                f"{' and '.join(map(str, sorted(shapes)))}: they are for different bases")
+            files = " and ".join(path.name for path, _, _ in own)
+            raise FinetuneError(f"{stem}: {files} are for weights of the shapes {' and '.join(map(str, sorted(shapes)))}: "
+                                "they are for different bases")
     return found
 
 
@@ -122,8 +124,8 @@ def said(found: dict[str, LowRank], other: float, path: Path, as_json: bool, tab
     rows = {stem: {"rank": product.rank, "norm": product.norm, "error": product.error} for stem, product in found.items()}
     if as_json:
         whole = sum(product.norm ** 2 for product in found.values()) + other
-        return json.dumps({"file": str(path), "error": overall, "worst": worst, "other": (other / whole) ** 0.5 if whole else 0.0,
-                           "ranks": ranks, "layers": rows}, indent=2)
+        return json.dumps({"file": str(path), "error": overall, "worst": worst, "ranks": ranks,
+                           "other": (other / whole) ** 0.5 if whole else 0.0, "layers": rows}, indent=2)
     lines = []
     if table:
         width = max(map(len, found))
@@ -131,4 +133,5 @@ def said(found: dict[str, LowRank], other: float, path: Path, as_json: bool, tab
         lines += [f"{stem:<{width}}  {row['rank']:4d} {row['norm']:10.4g} {row['error']:7.2%}" for stem, row in rows.items()]
     span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     return "\n".join([*lines, f"{path}: {len(found)} modules of rank {span}",
-                      f"    error {overall:.3g} of the whole change (relative Frobenius norm), at worst {found[worst].error:.3g} in {worst}"])
+                      f"    error {overall:.3g} of the whole change, by Frobenius norm",
+                      f"    at worst {found[worst].error:.3g}, in {worst}"])

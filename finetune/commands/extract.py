@@ -1,4 +1,4 @@
-"""Extract a LoRA of two full models: the nearest of its rank to what one has changed in the other."""
+"""Extract the nearest LoRA to what training has changed in a full model."""
 
 from pathlib import Path
 
@@ -50,12 +50,12 @@ def pairs(base, tuned, spec):
     for part, component in spec.components.items():
         if part == "vae":
             continue
-        before, after = ({published(name.removeprefix("text_model.")): (file, name) for name, file in places(source, component).items()}
-                         for source in (base, tuned))
+        before, after = ({published(name.removeprefix("text_model.")): (file, name)
+                          for name, file in places(source, component).items()} for source in (base, tuned))
         # Old CLIPs carry their positions as a tensor.
         if unlike := {name for name in before.keys() ^ after.keys() if not name.endswith("position_ids")}:
-            raise FinetuneError(f"--tuned {tuned.name}: {len(unlike)} tensors of its {component} are only in one of the models, "
-                                f"for example {min(unlike)}; both must be of the same architecture")
+            raise FinetuneError(f"--tuned {tuned.name}: {len(unlike)} tensors of its {component} are only in one "
+                                f"of the models, for example {min(unlike)}; both must be of the same architecture")
         for name in sorted(before.keys() & after.keys()):
             old, new = read(*before[name]), read(*after[name])
             if old.shape != new.shape:

@@ -1,4 +1,4 @@
-"""Say what a safetensors file is: method, family, format, rank, alpha, size of its change, metadata, problems."""
+"""Say what a safetensors file is: method, family, format, rank, norms, metadata, problems."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="a .safetensors file")
     parser.add_argument("--header", action="store_true", help="read no tensors: at once, and without torch, but no norms")
     parser.add_argument("--keys", action="store_true", help="list every tensor with its type and shape")
-    parser.add_argument("--json", action="store_true", help="print everything, the norm of every layer too, as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print everything, also each layer's norm, as one JSON object")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the norms as a picture")
 
 
@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
         if not facts.get("norms"):
             why = "; ".join(facts["problems"]) or f"kind {facts['kind'] or 'unknown'}" + " with --header" * args.header
             raise FinetuneError(f"--plot {args.plot}: there are no norms to draw: {why}")
-        _bars.draw(args.plot, f"{args.file.name}: norm of the change at strength 1, by block", facts["norms"],
-                   {block: [norm for layer, norm in facts["layers"].items() if block_of(layer) == block] for block in facts["norms"]})
+        layers = {block: [norm for layer, norm in facts["layers"].items() if block_of(layer) == block] for block in facts["norms"]}
+        _bars.draw(args.plot, f"{args.file.name}: norm of the change at strength 1, by block", facts["norms"], layers)
     print(json.dumps(facts, indent=2, ensure_ascii=False) if args.json else table(facts, args.keys))
     return 0
 

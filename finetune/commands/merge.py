@@ -1,4 +1,4 @@
-"""Merge adapters into a base, as a diffusers folder that every tool loads, or without a base into one adapter."""
+"""Merge adapters into a base, as a diffusers folder, or without a base into one adapter."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ def add_arguments(parser) -> None:
                                         "float16 for a model and the widest of the adapters' own for an adapter")
     parser.add_argument("--out", type=Path, required=True, metavar="PATH",
                         help="a folder that does not exist yet; of an adapter a .safetensors file")
-    one = parser.add_argument_group("several adapters into one", "Without --base. LoRAs are added up exactly, and their ranks with "
-                                    "them; with a size, as near as that allows, and the error is said.")
+    one = parser.add_argument_group("several adapters into one", "Without --base. LoRAs are added up exactly, and their ranks "
+                                    "with them; with a size, as near as that allows, and the error is said.")
     _lora.cut_arguments(one, required=False)
     one.add_argument("--json", action="store_true", help="print the error of every module, as JSON")
 
@@ -28,7 +28,7 @@ def run(args) -> int:
 
     size, adapters = _lora.cut(args), [parse_adapter(text) for text in args.adapter]
     if args.base and (size or args.json):
-        raise FinetuneError("--rank, --energy, --frobenius and --json are for merging adapters into one adapter, without --base")
+        raise FinetuneError("--rank, --energy, --frobenius and --json are for several adapters into one, without --base")
     return into_base(args, adapters) if args.base else into_one(args, adapters, size)
 
 
@@ -46,7 +46,11 @@ def into_base(args, adapters: list[tuple[Path, float]]) -> int:
     target = dtype(args.dtype)
     # In float32, whatever is written: rounded once, at the end.
     family = registry.find("families", args.family).load(args.base, torch.float32, args.revision, args.variant)
-    families.merge(family.parts, [(load(path, family.spec), strength) for path, strength in adapters])
+    loaded = [(load(path, family.spec), strength) for path, strength in adapters]
+    if any(families.misfits(family.parts, artifact) for artifact, _ in loaded):
+        families.merge(family.parts, loaded)        # says all that does not fit
+    for piece in by_module(loaded):     # all at once would need the model three times: as it was, and the sums
+        families.merge(family.parts, piece)
     overflow = [part for part, module in family.parts.items()
                 if not all(p.to(target).isfinite().all() for p in module.parameters())]
     if overflow:
@@ -55,6 +59,20 @@ def into_base(args, adapters: list[tuple[Path, float]]) -> int:
     families.write(family, args.out, target)
     print(f"{args.out}: {family.source.name} + {_sum(adapters)}")
     return 0
+
+
+def by_module(adapters: list) -> list[list]:
+    """The same adapters as one list for each module that they change."""
+    from dataclasses import replace
+
+    from finetune.artifact import modules
+
+    pieces: dict[tuple, list] = {}
+    for artifact, strength in adapters:
+        for (part, path), roles in modules(artifact.tensors).items():
+            own = {".".join(filter(None, (part, path, role))): tensor for role, tensor in roles.items()}
+            pieces.setdefault((part, path), []).append((replace(artifact, tensors=own), strength))
+    return list(pieces.values())
 
 
 def into_one(args, adapters: list[tuple[Path, float]], size) -> int:

@@ -73,9 +73,9 @@ def test_problems_are_found(tmp_path, capsys, adapter):
     def lora(value):
         return {"lora_A": torch.ones(2, 3), "lora_B": torch.full((4, 2), value), "alpha": torch.tensor(2.0)}
 
-    path = saved(tmp_path / "x.safetensors", "lora", lora(0.01), lora(0.0), lora(torch.nan), lora(9.0), lora(0.01))
+    path = saved(tmp_path / "x.safetensors", "lora", lora(0.01), lora(0.0), lora(torch.nan), lora(0.1), lora(0.01))
     tensors = read_tensors(path)
-    tensors["lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q.alpha"] = torch.tensor(200.0)
+    tensors["lora_unet_mid_block_attentions_0_transformer_blocks_3_attn2_to_q.alpha"] = torch.tensor(200.0)
     write_safetensors(path, tensors, {"finetune.family": "sd1"})
     problems = json.loads(inspected(capsys, path, "--json"))["problems"]
     assert len(problems) == 4 and problems[0].startswith("odd alpha: 200")

@@ -78,12 +78,12 @@ def test_within_six_gigabytes(tmp_path):
     subprocess.run([sys.executable, "-c", MAKE, str(base), str(vocabulary)], check=True)
     lora, sized = base / "lora.safetensors", tmp_path / "small.safetensors"
     finetune = ("-m", "finetune")
-    call(*finetune, "merge", "--base", base, "--adapter", lora, "--dtype", "float32", "--out", tuned)
+    call(*finetune, "merge", "--base", base, "--adapter", lora, "--out", tuned)
     text, _ = call(*finetune, "extract", "--base", base, "--tuned", tuned, "--rank", 32, "--json", "--out", tmp_path / "x.safetensors",
                    "--dtype", "float32")
     found = json.loads(text)
     print(len(found["layers"]), "layers, error", found["error"], "worst", found["worst"])
-    assert found["error"] < 1e-3        # float32 weights of 0.02 keep seven digits of a change of 0.002
+    assert found["error"] < 1e-2        # what the float16 of the merged model leaves of a change as large as its weights
     call(*finetune, "resize", tmp_path / "x.safetensors", "--energy", 0.9, "--out", sized)
     call(*finetune, "merge", "--adapter", lora, "--adapter", sized, "--out", tmp_path / "both.safetensors")
     call(*finetune, "merge", "--adapter", lora, "--adapter", sized, "--rank", 16, "--out", tmp_path / "both16.safetensors")
