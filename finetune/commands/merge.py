@@ -49,10 +49,15 @@ def into_base(args, adapters: list[tuple[Path, float]]) -> int:
     loaded = [(load(path, family.spec), strength) for path, strength in adapters]
     if any(families.misfits(family.parts, artifact) for artifact, _ in loaded):
         families.merge(family.parts, loaded)        # says all that does not fit
-    for piece in by_module(loaded):     # all at once would need the model three times: as it was, and the sums
-        families.merge(family.parts, piece)
-    overflow = [part for part, module in family.parts.items()
-                if not all(p.to(target).isfinite().all() for p in module.parameters())]
+    overflow, pieces = [], by_module(loaded)
+    # Module by module, because all at once would need the model three times, as it was and the sums; and part by part, because
+    # a part is mapped from its file until the last of its weights is cast, and the parts that follow are not in memory yet.
+    for part, module in family.parts.items():
+        for (own, _), piece in pieces.items():
+            if own == part:
+                families.merge(family.parts, piece)
+        if not all(p.isfinite().all() for p in module.to(target).parameters()):
+            overflow.append(part)
     if overflow:
         raise FinetuneError(f"merged weights of {', '.join(overflow)} are not finite in {args.dtype}; use --dtype float32")
     make(args.out.parent)
@@ -61,8 +66,8 @@ def into_base(args, adapters: list[tuple[Path, float]]) -> int:
     return 0
 
 
-def by_module(adapters: list) -> list[list]:
-    """The same adapters as one list for each module that they change."""
+def by_module(adapters: list) -> dict[tuple[str, str], list]:
+    """{(part, module path): the adapters, each with no more than what it changes there}"""
     from dataclasses import replace
 
     from finetune.artifact import modules
@@ -72,7 +77,7 @@ def by_module(adapters: list) -> list[list]:
         for (part, path), roles in modules(artifact.tensors).items():
             own = {".".join(filter(None, (part, path, role))): tensor for role, tensor in roles.items()}
             pieces.setdefault((part, path), []).append((replace(artifact, tensors=own), strength))
-    return list(pieces.values())
+    return pieces
 
 
 def into_one(args, adapters: list[tuple[Path, float]], size) -> int:
