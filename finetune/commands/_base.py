@@ -3,8 +3,9 @@
 from pathlib import Path
 
 
-def add_arguments(parser) -> None:
-    parser.add_argument("--base", required=True, help="`tiny`, a diffusers folder, a .safetensors file or a hub id")
+def add_arguments(parser, without: str = "") -> None:
+    """`without` is what happens without a base, where that is allowed."""
+    parser.add_argument("--base", required=not without, help=f"`tiny`, a diffusers folder, a .safetensors file or a hub id{without}")
     parser.add_argument("--family", default="sd1")
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--variant", help="of the weight files, such as fp16")

@@ -1,4 +1,4 @@
-"""Say what a safetensors file is: method, family, format, rank, alpha, keys, metadata."""
+"""Say what a safetensors file is: method, family, format, rank, norms, metadata, problems."""
 
 from __future__ import annotations
 
@@ -7,31 +7,43 @@ import json
 import math
 import re
 import shutil
+import statistics
 import textwrap
 from collections import Counter
 from pathlib import Path
 
 from finetune import registry
 from finetune.artifact import modules, read_header
+from finetune.commands import _bars
 from finetune.errors import FinetuneError
 from finetune.formats.base import identify, load
 
+MEASURED = ("lora", "loha", "lokr", "difference")       # kinds whose change needs no base
 LONGEST_VALUE = 2000  # characters of one metadata value on the screen; --json has them all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("file", type=Path, help="a .safetensors file; only its header is read")
+    parser.epilog = ("Of a LoRA, LoHa, LoKr or difference the tensors are read and measured; of other files, "
+                     "and with --header, only the header.")
+    parser.add_argument("file", type=Path, help="a .safetensors file")
+    parser.add_argument("--header", action="store_true", help="read no tensors: at once, and without torch, but no norms")
     parser.add_argument("--keys", action="store_true", help="list every tensor with its type and shape")
-    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
-    parser.add_argument("--norms", action="store_true", help="read the tensors too: change by block")
+    parser.add_argument("--json", action="store_true", help="print everything, also each layer's norm, as one JSON object")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw the norms as a picture")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what the file is. FinetuneError for a damaged file and, for norms, for one whose change depends on its base."""
+    """Print what the file is. FinetuneError for a damaged file, and for a plot of what has no norms."""
     facts = describe(args.file)
-    if args.norms:
-        facts["norms"] = norms(args.file, facts["family"])
+    if facts["kind"] in MEASURED and not args.header:
+        facts |= measure(args.file, facts)
+    if args.plot:
+        if not facts.get("norms"):
+            why = "; ".join(facts["problems"]) or f"kind {facts['kind'] or 'unknown'}" + " with --header" * args.header
+            raise FinetuneError(f"--plot {args.plot}: there are no norms to draw: {why}")
+        layers = {block: [norm for layer, norm in facts["layers"].items() if block_of(layer) == block] for block in facts["norms"]}
+        _bars.draw(args.plot, f"{args.file.name}: norm of the change at strength 1, by block", facts["norms"], layers)
     print(json.dumps(facts, indent=2, ensure_ascii=False) if args.json else table(facts, args.keys))
     return 0
 
@@ -51,23 +63,62 @@ def describe(path: Path) -> dict:
         "dtypes": dict(Counter(dtype for dtype, _ in header.tensors.values()).most_common()),
         "bytes": path.stat().st_size,
         "metadata": dict(sorted(header.metadata.items())),
+        "problems": odd_alphas(facts),
         "keys": {name: f"{dtype} {list(shape)}" for name, (dtype, shape) in sorted(header.tensors.items())},
     }
 
 
-def norms(path: Path, family: str | None) -> dict[str, float]:
-    """{block: Frobenius norm of the change that the adapter makes there at strength 1}."""
-    if family is None:
-        raise FinetuneError(f"{path}: is of an unknown family, so --norms cannot read its tensors")
-    from finetune.change import core
+def odd_alphas(facts: dict) -> list[str]:
+    """What is wrong with the alphas that the header says; those of a LoKr are no scales."""
+    most = 16 * max(facts["ranks"], default=0)
+    odd = [alpha for alpha in facts["alphas"] if not 0 < alpha <= most]
+    return [f"odd alpha: {_list(odd)}, with ranks up to {most // 16}"] if odd and most else []
 
+
+def measure(path: Path, facts: dict) -> dict:
+    """{"norms": {block: …}, "layers": {layer: …}}, Frobenius norms of the change at strength 1, and with "problems" found."""
+    if facts["family"] is None:
+        return {"problems": [*facts["problems"], "unknown family: its layers cannot be measured"]}
+    from finetune.change import core
+    from finetune.lowrank import factors, norm
+
+    try:
+        found = modules(load(path, registry.find("families", facts["family"]).SPEC).tensors)
+    except FinetuneError as error:
+        return {"problems": [*facts["problems"], str(error)]}
+    sizes, layers, problems = {}, {}, {}
+    for (part, name), module in sorted(found.items(), key=lambda item: _natural(item[0])):
+        stem = f"{part}.{name}"
+        if {"dora_scale", "oft_blocks"} & module.keys():
+            problems.setdefault("depend on the base and are not measured", []).append(stem)
+        elif not all(tensor.isfinite().all() for tensor in module.values()):
+            problems.setdefault("hold NaN or infinity", []).append(stem)
+        elif "lora_A" in module:        # the product of a large layer is not formed
+            layers[stem], sizes[stem] = norm(*factors(module)), len(module["lora_B"]) * module["lora_A"][0].numel()
+        else:
+            change = core(module).double()
+            layers[stem], sizes[stem] = change.norm().item(), change.numel()
+    usual = statistics.median(layers.values()) if layers else 0.0
+    for stem, size in layers.items():
+        if size == 0:
+            problems.setdefault("change nothing", []).append(stem)
+        # No weight of these models is 1 on average.
+        elif size > sizes[stem] ** 0.5 or size > 50 * usual > 0:
+            problems.setdefault("change far more than weights can bear, or than the others do", []).append(stem)
     squares: dict[str, float] = {}
-    for (part, name), module in modules(load(path, registry.find("families", family).SPEC).tensors).items():
-        if found := sorted({"dora_scale", "oft_blocks"} & module.keys()):
-            raise FinetuneError(f"{path}: has {found[0]}, so what it changes depends on the base; --norms has none")
-        block = f"{part}.{re.match(r'.*?[.][0-9]+|.*', name)[0]}"
-        squares[block] = squares.get(block, 0.0) + core(module).double().square().sum().item()
-    return {block: math.sqrt(square) for block, square in squares.items()}
+    for stem, size in layers.items():
+        squares[block_of(stem)] = squares.get(block_of(stem), 0.0) + size ** 2
+    said = [f"{len(stems)} of {len(found)} modules {what}, such as {stems[0]}" for what, stems in problems.items()]
+    return {"norms": {block: math.sqrt(square) for block, square in squares.items()}, "layers": layers,
+            "problems": [*facts["problems"], *said]}
+
+
+def block_of(layer: str) -> str:
+    return re.match(r".*?[.][0-9]+|.*", layer)[0]
+
+
+def _natural(key: tuple[str, str]) -> list:
+    return [(int(word), "") if word.isdigit() else (-1, word) for word in ".".join(key).split(".")]
 
 
 def table(facts: dict, keys: bool = False) -> str:
@@ -88,10 +139,9 @@ def table(facts: dict, keys: bool = False) -> str:
         "size": f"{facts['bytes']:,} bytes",
     }
     lines = [line for name, value in rows.items() if value for line in _row(name, value, 10, width)]
+    lines += [line for problem in facts["problems"] for line in _row("problem", _shown(problem), 10, width)]
     if facts.get("norms"):
-        lines += ["", "norm of the change, by block"]
-        longest = max(map(len, facts["norms"]))
-        lines += [f"  {block:<{longest}}  {norm:10.4f}" for block, norm in facts["norms"].items()]
+        lines += ["", "norm of the change, by block", *_bars.text(facts["norms"], width)]
     if keys:
         lines += ["", "keys", *(f"  {_shown(name)}  {what}" for name, what in facts["keys"].items())]
     lines += ["", "metadata" if facts["metadata"] else "no metadata"]

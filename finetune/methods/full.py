@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from finetune.artifact import Artifact, fold_alpha, modules, published
+from finetune.artifact import Artifact, published
 from finetune.errors import FinetuneError
+from finetune.lowrank import Cut, differences, error, packed
 from finetune.methods._targets import ADAPTED, Part, resolve
 from finetune.methods._weights import Weights
 
@@ -68,11 +69,13 @@ class Full:
         """The weights, and with `extract_rank` a LoRA beside them that is nearly the same."""
         found = {"": self.weights.artifact(self.kind, self.family, metadata)}
         if self.extract_rank:
-            lora, rest = extracted(found[""].tensors, self.weights.base, self.layers, self.extract_rank)
+            pairs = ((name, self.weights.base[name], t) for name, t in found[""].tensors.items())
+            products, other = differences(pairs, self.layers.__contains__, Cut(self.extract_rank))
+            lora, products = packed(products, torch.float32)
             name = f"{metadata.get('ss_output_name', self.kind)}.lora"
-            found[name] = Artifact("lora", self.family, fold_alpha(lora), metadata | {
+            found[name] = Artifact("lora", self.family, lora, metadata | {
                 "ss_output_name": name, "modelspec.title": name,
-                "finetune.extracted": f"rank {self.extract_rank}; {rest:.1%} of the change is left out"})
+                "finetune.extracted": f"rank {self.extract_rank}; {error(products.values(), other):.1%} of the change is left out"})
         return found
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -80,29 +83,6 @@ class Full:
 
     def at(self, strength: float):
         return self.weights.at(strength)
-
-
-def extracted(tensors: dict[str, Tensor], base: dict[str, Tensor], layers: list[str],
-              rank: int) -> tuple[dict[str, Tensor], float]:
-    """The nearest LoRA of this rank in each layer, by the singular values of what changed (Eckart & Young 1936), and the
-    share of the whole change that it lacks, biases and norms too: ‖change − LoRA‖ / ‖change‖ by Frobenius."""
-    lora, rest, whole = {}, 0.0, 0.0
-    for (part, path), roles in modules(tensors).items():
-        stem = f"{part}.{path}"
-        for role, t in roles.items():
-            change = t.float() - base[f"{stem}.{role}"].float()
-            whole += (size := change.square().sum().item())
-            if role != "weight" or stem not in layers:
-                rest += size
-                continue
-            u, s, v = torch.linalg.svd(change.flatten(1), full_matrices=False)
-            kept = min(rank, len(s))
-            root, kernel = s[:kept].sqrt(), change.shape[2:]
-            lora |= {f"{stem}.lora_A": (root[:, None] * v[:kept]).reshape(kept, *change.shape[1:]).contiguous(),
-                     f"{stem}.lora_B": (u[:, :kept] * root).reshape(-1, kept, *[1] * len(kernel)).contiguous(),
-                     f"{stem}.alpha": torch.tensor(float(kept))}
-            rest += s[kept:].square().sum().item()
-    return lora, (rest / whole) ** 0.5
 
 
 def build(**fields) -> Full:

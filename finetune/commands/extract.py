@@ -1,0 +1,94 @@
+"""Extract the nearest LoRA to what training has changed in a full model."""
+
+from pathlib import Path
+
+
+def add_arguments(parser) -> None:
+    from finetune.commands import _lora
+
+    parser.add_argument("--base", required=True, help="`tiny`, a diffusers folder or a hub id")
+    parser.add_argument("--tuned", required=True, help="the same model after training")
+    _lora.cut_arguments(parser, required=True)
+    parser.add_argument("--dtype", default="float16", help="of the written tensors: float32, bfloat16 or float16")
+    parser.add_argument("--to", default="kohya", metavar="FORMAT", help="kohya, which most tools read, or diffusers")
+    parser.add_argument("--family", default="sd1")
+    parser.add_argument("--json", action="store_true", help="print the error of every layer as JSON")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file that does not exist yet")
+
+
+def run(args) -> int:
+    from finetune import registry
+    from finetune.artifact import Artifact
+    from finetune.commands import _lora
+    from finetune.commands._base import dtype
+    from finetune.families import base as families
+    from finetune.formats import base as formats
+    from finetune.lowrank import differences, error, packed
+
+    size, target, spec = _lora.cut(args), dtype(args.dtype), registry.find("families", args.family).SPEC
+    _lora.new_file(args.out)
+    formats.check_kind(args.to, "lora")
+    sources = [families.locate(path) for path in (args.base, args.tuned)]
+    for source in sources:
+        families.check_family(source, spec, registry.names("families"))
+    found, other = differences(pairs(*sources, spec), lambda stem: not stem.endswith("_embedding"), size)
+    tensors, found = packed(found, target)
+    metadata = {"ss_output_name": args.out.stem, "modelspec.title": args.out.stem, "ss_sd_model_name": sources[0].name,
+                "finetune.extracted": f"from {sources[1].name}; {error(found.values(), other):.1%} of the change is left out"}
+    formats.save(Artifact("lora", spec.name, tensors, metadata), args.out, args.to, spec)
+    print(_lora.said(found, other, args.out, args.json, table=True))
+    return 0
+
+
+def pairs(base, tuned, spec):
+    """(canonical name, before, after) of each tensor of the denoiser and the text encoders, one at a time.
+
+    Raises FinetuneError when the two models do not have the same."""
+    from finetune.artifact import published
+    from finetune.errors import FinetuneError
+
+    for part, component in spec.components.items():
+        if part == "vae":
+            continue
+        before, after = ({published(name.removeprefix("text_model.")): (file, name)
+                          for name, file in places(source, component).items()} for source in (base, tuned))
+        # Old CLIPs carry their positions as a tensor.
+        if unlike := {name for name in before.keys() ^ after.keys() if not name.endswith("position_ids")}:
+            raise FinetuneError(f"--tuned {tuned.name}: {len(unlike)} tensors of its {component} are only in one "
+                                f"of the models, for example {min(unlike)}; both must be of the same architecture")
+        for name in sorted(before.keys() & after.keys()):
+            old, new = read(*before[name]), read(*after[name])
+            if old.shape != new.shape:
+                raise FinetuneError(f"--tuned {tuned.name}: {component} {name} has the shape {tuple(new.shape)}, "
+                                    f"in --base {tuple(old.shape)}; both must be of the same architecture")
+            if old.is_floating_point():
+                yield f"{part}.{name}", old, new
+
+
+def places(source, component: str) -> dict[str, Path]:
+    """{tensor: its file} of a component on disk or on the hub, in its widest variant."""
+    from finetune.artifact import read_header
+    from finetune.errors import FinetuneError
+    from finetune.families.base import Unreachable
+
+    for variant in ("", ".fp16"):
+        patterns = [f"{component}/*model{variant}.safetensors", f"{component}/*model{variant}-*-of-*.safetensors"]
+        folder = Path(source.path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            try:
+                folder = Path(snapshot_download(source.path, revision=source.revision, allow_patterns=patterns))
+            except OSError as e:
+                raise Unreachable(f"{source.path}: its {component} cannot be fetched: {e}") from None
+        if files := [file for pattern in patterns for file in sorted(folder.glob(pattern))]:
+            return {name: file for file in files for name in read_header(file).tensors}
+    raise FinetuneError(f"{source.path}: there is no .safetensors file of its {component}")
+
+
+def read(file: Path, name: str):
+    """One tensor. Each opening is a mapping of its own, so that what has been read does not stay in memory."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)
