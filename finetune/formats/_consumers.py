@@ -167,7 +167,7 @@ def _whole(tool: str, mark: str) -> Reading:
 
 
 def table(readings: list[Reading]) -> str:
-    """For people: who loads it, and line by line who does not and why."""
+    """For people: who loads it whole, and line by line who does not and why."""
     whole = [reading.tool for reading in readings if reading.outcome == "loads fully"]
-    lines = [f"  loads in  {', '.join(whole) or 'no other tool'}"]
-    return "\n".join(lines + [f"  {r.tool}: {r.outcome}: {r.why}" for r in readings if r.outcome != "loads fully"])
+    lines = [f"{reading.tool}: {reading.outcome}: {reading.why}" for reading in readings if reading.outcome != "loads fully"]
+    return "\n        ".join([f"loads fully in {', '.join(whole) or 'none that was examined'}", *lines])
