@@ -20,7 +20,7 @@ def test_a_file_is_filed_right_and_keeps_secrets(recipe, train, tmp_path, pictur
     assert said["ss_base_model_version"] == "sd_v1" and said["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert said["modelspec.trigger_phrase"] == "zkw" and said["ss_output_name"] == "small"
     (folder, tags), = json.loads(said["ss_tag_frequency"]).items()
-    assert folder == pictures.name and tags["as in dog"] == 7 and tags["zkw a red circle on white"] == 1, tags
+    assert folder == pictures.name and tags["as in dog"] == 7 and tags["zkw"] == 7, tags
     assert list(json.loads(said["ss_dataset_dirs"])) == [pictures.name]
     assert json.loads(said["ss_bucket_info"])["buckets"]["0"] == {"resolution": [32, 32], "count": 7}
     assert set(json.loads(said["finetune.base"])) >= {"denoiser", "text", "vae"} and len(said["finetune.data"]) >= 32
