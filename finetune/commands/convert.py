@@ -6,7 +6,7 @@ from pathlib import Path
 def add_arguments(parser) -> None:
     parser.add_argument("file", type=Path, help="an adapter in any format that is read")
     parser.add_argument("--to", required=True, metavar="FORMAT", help="kohya or diffusers")
-    parser.add_argument("--family", default="sd1")
+    parser.add_argument("--family", help="of the base; what the file says of itself by default")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .safetensors file that does not exist yet")
 
 
@@ -20,7 +20,7 @@ def run(args) -> int:
         raise FinetuneError(f"--out {args.out}: is there already; it is not overwritten")
     if args.out.suffix != ".safetensors" or not args.out.parent.is_dir():
         raise FinetuneError(f"--out {args.out}: a .safetensors file in an existing folder is needed")
-    spec = registry.find("families", args.family).SPEC
+    spec = registry.find("families", formats.family_of(args.file, args.family)).SPEC
     formats.save(formats.load(args.file, spec), args.out, args.to, spec)
     print(args.out)
     return 0

@@ -1,4 +1,4 @@
-"""Prove that an adapter file holds what it should, and that diffusers loads just that."""
+"""Prove that an adapter file holds what it should, that diffusers loads just that, and say which tools load it."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ def add_arguments(parser) -> None:
                         "without it only the file is checked")
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--variant", help="of the weight files, such as fp16")
-    parser.add_argument("--family", default="sd1")
+    parser.add_argument("--family", help="of the base; what the file says of itself by default")
     parser.add_argument("--json", action="store_true", help="the result as JSON")
 
 
@@ -23,10 +23,10 @@ def run(args) -> int:
 
     if not args.file.is_file():
         raise FinetuneError(f"{args.file}: there is no such file")
-    module = registry.find("families", args.family)
+    module = registry.find("families", formats.family_of(args.file, args.family))
     if args.base:
         checks = verify.verify(args.file, module.load(args.base, torch.float32, args.revision, args.variant))
     else:
-        checks = verify.alone(formats.load(args.file, module.SPEC))
+        checks = verify.alone(args.file, module.SPEC)[1] + verify.tools(args.file, module.SPEC)
     print(verify.as_json({args.file.name: checks}) if args.json else f"{args.file}\n{verify.table(checks)}")
     return 0 if all(check.passed for check in checks) else 2

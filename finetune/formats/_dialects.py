@@ -30,23 +30,22 @@ ENDS = (
     (r"\.lora_magnitude_vector(\.\w+)?(\.weight)?|\.dora_scale", ".dora_scale"),
     *((rf"\.{role}", f".{role}") for role in ROLES if not role.startswith(("lora_", "dora_"))),
 )
-KOHYA_ENDS = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight", ".lora_mid": ".lora_mid.weight"}
-# What may begin one, in this order. `ldm.` is not of diffusers: see `_dotted`.
+# What may begin one, in this order.
 LDM = r"(?:(?:input|output)_blocks|middle_block|time_embed|label_emb|out)\."
+UNET = r"(?:(?:down|up)_blocks|mid_block|conv_(?:in|out)|(?:time|add)_embedding)\."
 BEGINS = (
     (r"(?:unet\.|text_encoder\.)?base_model\.model\.", ""),
     (r"(?:text_encoders\.)?clip_l\.(?:transformer\.)?", "text_encoder."),
     (r"(?:text_encoders\.)?clip_g\.(?:transformer\.)?", "text_encoder_2."),
-    (rf"(?:model\.)?diffusion_model\.|(?:unet\.)?(?={LDM})", "ldm."),
-    (r"(?=(?:(?:down|up)_blocks|mid_block|conv_(?:in|out)|(?:time|add)_embedding)\.)", "unet."),
+    (rf"(?:model\.)?diffusion_model\.(?={LDM}|{UNET})|(?={LDM}|{UNET})", "unet."),
     (r"(?=(?:text_model\.)?(?:encoder\.layers|final_layer_norm)\.)", "text_encoder."),
 )
 OLD = re.compile(r"(.*?)(\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")
-RESNET = {"in_layers_0": "norm1", "in_layers_2": "conv1", "emb_layers_1": "time_emb_proj", "out_layers_0": "norm2",
-          "out_layers_3": "conv2", "skip_connection": "conv_shortcut"}
-SINGLE = {"input_blocks_0_0": "conv_in", "time_embed_0": "time_embedding_linear_1", "time_embed_2": "time_embedding_linear_2",
-          "label_emb_0_0": "add_embedding_linear_1", "label_emb_0_2": "add_embedding_linear_2", "out_0": "conv_norm_out",
-          "out_2": "conv_out"}
+RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+          "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+SINGLE = {"input_blocks.0.0": "conv_in", "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
+          "label_emb.0.0": "add_embedding.linear_1", "label_emb.0.2": "add_embedding.linear_2", "out.0": "conv_norm_out",
+          "out.2": "conv_out"}
 
 
 def renamed(names: Iterable[str]) -> dict[str, str]:
@@ -86,7 +85,7 @@ def _flat(name: str) -> str:
     module = re.sub(r"^lycoris_(?=text_model_|encoder_layers_)", "lora_te_", module)
     module = re.sub(r"^(lycoris_|oft_unet_)(lora_unet_)?", "lora_unet_", module)
     start, path = module[:10], module[10:]
-    return (start + (from_ldm(path) or path) if start == "lora_unet_" else module) + dot + role
+    return (start + (from_ldm(path, "_") or path) if start == "lora_unet_" else module) + dot + role
 
 
 def _dotted(name: str) -> str:
@@ -101,30 +100,26 @@ def _dotted(name: str) -> str:
     path = f"{name[:end.start()]}."
     for pattern, begin in BEGINS:
         path = re.sub(rf"^(?:{pattern})", begin, path)
-    path = path[:-1]
-    if path.startswith("ldm."):
-        flat = path.removeprefix("ldm.").replace(".", "_")
-        return f"lora_unet_{from_ldm(flat) or flat}{KOHYA_ENDS.get(ours, ours)}"
-    return path + ours
+    part, _, path = path[:-1].partition(".")
+    return f"{part}.{part == 'unet' and from_ldm(path, '.') or path}{ours}" if path else name
 
 
-def from_ldm(flat: str) -> str | None:
-    """input_blocks_4_1_proj_in → down_blocks_1_attentions_0_proj_in, in UNets of two layers to a level: all that were
-    published under LDM's names. None for what is no such name."""
-    if flat in SINGLE:
-        return SINGLE[flat]
-    if found := re.fullmatch(r"middle_block_([012])_(.+)", flat):
-        number, rest = int(found[1]), found[2]
-        return f"mid_block_attentions_0_{rest}" if number == 1 else _resnet(f"mid_block_resnets_{number // 2}", rest)
-    if not (found := re.fullmatch(r"(input|output)_blocks_(\d+)_([012])_(.+)", flat)):
+def from_ldm(path: str, dot: str) -> str | None:
+    """input_blocks.4.1.proj_in → down_blocks.1.attentions.0.proj_in, in UNets of two layers to a level: all that were
+    published under LDM's names. `dot` is what stands between names. None for what is no such name."""
+    for theirs, ours in SINGLE.items():
+        if path == theirs.replace(".", dot):
+            return ours.replace(".", dot)
+    between = re.escape(dot)
+    found = re.fullmatch(rf"(?:(input|output)_blocks{between}(\d+)|middle_block){between}([012]){between}(.+)", path)
+    if not found:
         return None
-    down, index, place, rest = found[1] == "input", int(found[2]), int(found[3]), found[4]
-    level, layer = divmod(index - down, 3)
-    block = f"{'down' if down else 'up'}_blocks_{level}"
+    side, place, rest = found[1], int(found[3]), found[4]
+    level, layer = divmod(int(found[2]) - (side == "input"), 3) if side else (0, place // 2)
+    block = {"input": f"down_blocks.{level}", "output": f"up_blocks.{level}", None: "mid_block"}[side]
     if rest in ("op", "conv"):
-        return f"{block}_{'down' if down else 'up'}samplers_0_conv"
-    return f"{block}_attentions_{layer}_{rest}" if place == 1 else _resnet(f"{block}_resnets_{layer}", rest)
-
-
-def _resnet(block: str, rest: str) -> str | None:
-    return f"{block}_{RESNET[rest]}" if rest in RESNET else None
+        return f"{block}.{'down' if side == 'input' else 'up'}samplers.0.conv".replace(".", dot)
+    if place == 1:
+        return f"{block}.attentions.{layer if side else 0}.".replace(".", dot) + rest
+    own = next((ours for theirs, ours in RESNET.items() if rest == theirs.replace(".", dot)), None)
+    return f"{block}.resnets.{layer}.{own}".replace(".", dot) if own else None

@@ -7,6 +7,7 @@ scale goes into the first of them, since tools ignore the alpha of a LoKr whose 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ WHOLE = (("lora_A", "lora_B"), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_
 # Further roles that a file may have, and that are multiplied out.
 FACTORS = ("lora_mid", "hada_t1", "hada_t2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 ROLES = (*(role for row in WHOLE for role in row), *FACTORS, "alpha", "dora_scale")
+MOST_SCALE = 1e4            # alpha / rank
+MOST_NUMBERS = 2 ** 28      # in a weight: the largest of the families here has 2 ** 24
 SAID = {"lora_A": "its down half (lora_A)", "lora_B": "its up half (lora_B)"}
 
 
@@ -55,6 +58,8 @@ def settle(stem: str, found: Mapping[str, Tensor], alpha: Callable[[int], float]
         if given.numel() != 1:
             raise FinetuneError(f"{stem}.alpha is not one number but {tuple(given.shape)}")
         given = given.reshape(())
+        if not abs(given / max(rank, 1)) <= (MOST_SCALE if {"lora_A", "hada_w1_a"} & t.keys() else math.inf):
+            raise FinetuneError(f"{stem}.alpha is {given:g} for rank {rank}: no scale that anyone trained with")
         if "oft_blocks" in t and "alpha" in found and given > 0:
             raise FinetuneError(f"{stem}: a constrained OFT (alpha {given:g}), which every tool applies in another way")
         if "lokr_w1" in t and scale:
@@ -66,7 +71,8 @@ def settle(stem: str, found: Mapping[str, Tensor], alpha: Callable[[int], float]
             raise FinetuneError(f"{stem}.dora_scale has the shape {tuple(t['dora_scale'].shape)}: of rows or of columns?")
         if not rank or any(tensor.ndim < 2 for role, tensor in t.items() if role != "alpha"):
             raise IndexError
-        core({role: tensor.to("meta") for role, tensor in t.items()})
+        if (size := core({role: tensor.to("meta") for role, tensor in t.items()}).numel()) > MOST_NUMBERS:
+            raise FinetuneError(f"{stem}: tensors of {shapes} make a change of {size:,} numbers: more than any layer has")
     except (RuntimeError, IndexError):
         raise FinetuneError(f"{stem}: tensors of {shapes} do not fit each other") from None
     return t

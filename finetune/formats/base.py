@@ -85,7 +85,8 @@ def check_kind(format_name: str, kind: str, field: str = "") -> None:
     """Raise FinetuneError, about this field of the recipe, when adapters of this kind cannot be written in the format."""
     able = [name for name in registry.names("formats") if kind in registry.find("formats", name).KINDS]
     if registry.check("formats", format_name) not in able:
-        raise FinetuneError(f"{field}{format_name} cannot hold adapters of the kind {kind}; {', '.join(able)} can")
+        lost = "the magnitudes would be lost" if kind == "dora" else "all of it would be lost"
+        raise FinetuneError(f"{field}{format_name} cannot hold adapters of the kind {kind}; {', '.join(able)} can ({lost})")
 
 
 Place = tuple[str, str, str]  # part, module path, role: one of `_modules.ROLES`
@@ -237,6 +238,22 @@ def identify(header: Header) -> dict:
     }
 
 
+def family_of(path: str | Path, said: str | None) -> str:
+    """The family that a user said, or that the file's header tells; sd1 where neither does."""
+    return said or identify(read_header(path))["family"] or "sd1"
+
+
+def contradictions(header: Header) -> list[str]:
+    """What the metadata say and the tensors do not. Of a small base's shapes nothing is known."""
+    facts, shaped, found = identify(header), _family_of_shapes(plain(header)), []
+    if shaped and shaped != facts["family"]:
+        found.append(f"its metadata say {facts['family']}, but its shapes are those of {shaped}")
+    dim = header.metadata.get("ss_network_dim", "")
+    if facts["kind"] == "lora" and facts["ranks"] and dim.isdecimal() and int(dim) not in facts["ranks"]:
+        found.append(f"its metadata say rank {dim}, but its tensors have {', '.join(map(str, facts['ranks'][:5]))}")
+    return found
+
+
 def _family(header: Header) -> str | None:
     """Metadata first: a width alone misleads for a small base."""
     said = header.metadata
@@ -244,12 +261,16 @@ def _family(header: Header) -> str | None:
         return said["finetune.family"]
     version = said.get("ss_base_model_version") or said.get("modelspec.architecture") or ""
     known = next((family for start, family in _FAMILY_OF_VERSION.items() if version.startswith(start)), None)
+    return known or _family_of_shapes(header)
+
+
+def _family_of_shapes(header: Header) -> str | None:
     keys = [name for name in header.tensors if re.search(r"attn2[._]to_k[._]", name)]
     wide = [key for key in keys if (found := _ONE.search(key)) and found[1] or key.endswith(("to_k.weight", "to_k.diff"))]
     found = [header.tensors[key][1] for key in wide]
     if is_bare(header.tensors) or is_named(shapes(header)):
         found = [(2048,)] if "clip_g" in header.tensors else [*shapes(header).values()]
-    return known or next(filter(None, (_FAMILY_OF_WIDTH.get(shape[-1]) for shape in found if shape)), None)
+    return next(filter(None, (_FAMILY_OF_WIDTH.get(shape[-1]) for shape in found if shape)), None)
 
 
 def _alphas(header: Header) -> list[int | float]:

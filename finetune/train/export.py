@@ -1,6 +1,9 @@
 """From what was trained to files that are proven to hold it."""
 
 import json
+import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,6 +11,7 @@ import torch
 from finetune import __version__
 from finetune.artifact import WHOLE, Artifact, modules
 from finetune.change import core
+from finetune.data.loader import Stream
 from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.formats import base as formats
@@ -16,6 +20,12 @@ from finetune.runfolder import RunFolder, write_text
 from finetune.tokens import hidden
 from finetune.train import verify
 from finetune.train.setup import Run
+
+MOST_TAGS = 1000        # ComfyUI shows no metadata of more than a megabyte
+# An absolute path or one that climbs, within any text. Not a web address, and not and/or.
+PATH = re.compile(r"(?<![\w.:/\\])(?:file:/+|[A-Za-z]:[/\\]|~\w*/|\.{1,2}/|/|\\\\)(?:[^/\\\s\"',]+[/\\])+[^/\\\s\"',]*")
+HOME = re.compile(r".*[/\\](?:home|Users)[/\\][^/\\]+[/\\]?")
+TOKEN = re.compile(r"\b(?:hf|api|sk|ghp)_[A-Za-z0-9]{16,}\b")
 
 
 def write(artifacts: dict[str, Artifact], folder: RunFolder, format_names: list[str], family) -> list[Path]:
@@ -89,20 +99,24 @@ def check(artifact: Artifact) -> None:
 
 
 def metadata(run: Run) -> dict[str, str]:
-    """What every file of the run says about itself: the part of the recipe that decides the trained numbers, with the
-    names of base and pictures but without the private paths to them, for an adapter travels."""
+    """What every file of the run says about itself, as A1111, Forge and SD.Next show it: the part of the recipe that decides
+    the trained numbers, base and data by name and fingerprint. Nothing private: an adapter travels."""
     recipe, base, name = run.identity["exact"]["recipe"], run.family.source.name, run.folder.name
     learned = run.loader.streams[0]
-    images = [{"path": source.path.rstrip("/").rpartition("/")[2], "repeats": source.repeats} for source in run.recipe.data.images]
+    images = [{"path": _name(source.path), "repeats": source.repeats} for source in run.recipe.data.images]
     adapters = [{"path": Path(a.path).name, "strength": a.strength} for a in run.recipe.base.adapters]
-    methods = [method | ({"start_from": Path(method["start_from"]).name} if method.get("start_from") else {})
-               for method in recipe["method"]]
-    public = recipe | {"base": recipe["base"] | {"path": base, "adapters": adapters}, "method": methods,
-                       "data": {"images": images} | recipe["data"]}
-    train = public["train"]
-    return {
+    told = recipe | {"base": recipe["base"] | {"path": base, "adapters": adapters}, "data": {"images": images} | _named(recipe["data"])}
+    told["method"] = [method | ({"start_from": Path(method["start_from"]).name} if method.get("start_from") else {})
+                      for method in recipe["method"]]
+    train, caption = told["train"], run.recipe.data.caption
+    words = [word for word in (caption.trigger, *(token for method in run.method.methods if method.kind == "embedding"
+                                                  for token in method.tokens)) if word]
+    folders = {image["path"]: image["repeats"] for image in images}
+    sizes = Counter(f"{w}x{h}" for h, w in learned.sizes.tolist())
+    described = {
         "finetune.version": __version__,
-        "finetune.recipe": json.dumps(public, sort_keys=True, ensure_ascii=False),
+        "finetune.recipe": json.dumps(public(told), sort_keys=True, ensure_ascii=False),
+        "finetune.base": json.dumps(run.identity["exact"]["base"], sort_keys=True),
         "finetune.data": run.identity["exact"]["data"],
         "ss_output_name": name,
         "ss_sd_model_name": base,
@@ -110,6 +124,7 @@ def metadata(run: Run) -> dict[str, str]:
         "ss_max_train_steps": str(train["max_steps"]),
         "ss_num_train_images": str(learned.index.repeats.sum()),
         "ss_num_batches_per_epoch": str(learned.order.steps * train["gradient_accumulation"]),
+        "ss_num_epochs": str(-(-train["max_steps"] // learned.order.steps)),
         "ss_batch_size_per_device": str(train["batch_size"]),
         "ss_gradient_accumulation_steps": str(train["gradient_accumulation"]),
         "ss_learning_rate": str(train["learning_rate"]),
@@ -117,7 +132,43 @@ def metadata(run: Run) -> dict[str, str]:
         "ss_optimizer": train["optimizer"],
         "ss_mixed_precision": train["mixed_precision"],
         "ss_seed": str(train["seed"]),
-        "ss_resolution": f"({public['data']['resolution']}, {public['data']['resolution']})",
+        "ss_resolution": f"({told['data']['resolution']}, {told['data']['resolution']})",
+        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": repeats} for folder, repeats in folders.items()}),
+        "ss_bucket_info": json.dumps({"buckets": {str(i): {"resolution": [int(n) for n in size.split("x")], "count": count}
+                                                  for i, (size, count) in enumerate(sorted(sizes.items()))}}),
+        "ss_tag_frequency": json.dumps({" ".join(folders): tag_frequency(learned)}, ensure_ascii=False),
         "modelspec.title": name,
-        "modelspec.resolution": f"{public['data']['resolution']}x{public['data']['resolution']}",
+        "modelspec.resolution": f"{told['data']['resolution']}x{told['data']['resolution']}",
+        "modelspec.trigger_phrase": ", ".join(words),
     }
+    return {key: value for key, value in public(described).items() if value}
+
+
+def tag_frequency(learned: Stream) -> dict[str, int]:
+    """The tags of the captions (what stands between commas) and how many pictures have each, the most frequent first."""
+    captions = replace(learned.captions, dropout=0.0)
+    counts = Counter(tag for row in range(len(learned.index)) for tag in {
+        tag.strip() for tag in captions.caption(learned.index.columns(row), 0, row).split(",")} if tag)
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_TAGS])
+
+
+def public(value):
+    """The same without what is nobody's business: of a path the name, of a home nothing, and no access token."""
+    if isinstance(value, dict):
+        return {public(key): public(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(own) for own in value]
+    if not isinstance(value, str):
+        return value
+    return TOKEN.sub("…", PATH.sub(lambda path: "~" if HOME.fullmatch(path[0]) else _name(path[0]), value))
+
+
+def _name(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+
+
+def _named(data, key: str = ""):
+    """The words of the data with the name alone of every folder and file."""
+    if isinstance(data, dict):
+        return {key: _named(own, key) for key, own in data.items()}
+    return _name(data) if isinstance(data, str) and key in ("path", "images", "files", "source") else data

@@ -22,10 +22,12 @@ from finetune.change import core
 from finetune.diffusion import noise
 from finetune.families import base as families
 from finetune.formats import base as formats
+from finetune.formats import _consumers as consumers
 from finetune.formats import single_file
 from finetune.train.preview import resting
 
 STRENGTHS = (0.5, 1.0)
+FRACTIONS = (0.1, 0.5)      # of the way to noise, where the probe is
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}   # relative; half formats round every layer
 NAME = "verified"
 PROMPTS = ("{0}", "a drawing of {0}, a picture with {0} in it")
@@ -45,13 +47,19 @@ def verify(path: Path, family, expected: dict[float, Tensor] | None = None) -> l
     Raises FinetuneError when the file is no adapter, or not one of this family."""
     if path.is_dir() or expected and single_file.reads(read_header(path)):
         return [reloaded(path, family, expected)]
-    artifact = formats.load(path, family.spec)
-    checks, misfits = alone(artifact), families.misfits(family.parts, artifact)
-    checks.append(Check("fits the base", not misfits, "; ".join(misfits[:3]) or "every module"))
-    if not all(check.passed for check in checks):
-        return checks
+    artifact, checks = alone(path, family.spec)
+    if artifact and (misfits := families.misfits(family.parts, artifact)):
+        checks.append(Check("fits the base", False, "; ".join(misfits[:3])))
+    if artifact and all(check.passed for check in checks):
+        checks += [Check("fits the base", True, "every module"), *loaded(path, artifact, family, expected)]
+    return checks + tools(path, family.spec)
+
+
+def loaded(path: Path, artifact: Artifact, family, expected: dict[float, Tensor] | None) -> list[Check]:
+    """What the file does to the base."""
+    checks = []
     if artifact.kind == "embedding":
-        return checks + prompted(path, artifact, family, expected)
+        return prompted(path, artifact, family, expected)
     if said := artifact.metadata.get("finetune.extracted"):     # it is not all of what was trained
         checks.append(Check("extracted", True, said))
         expected = None
@@ -68,16 +76,38 @@ def verify(path: Path, family, expected: dict[float, Tensor] | None = None) -> l
     return checks
 
 
-def alone(artifact: Artifact) -> list[Check]:
-    """What can be said of an adapter without its base."""
-    if artifact.kind in (*WHOLE, "embedding"):
-        finite = sum(bool(t.isfinite().all()) for t in artifact.tensors.values())
-        return [Check("finite", finite == len(artifact.tensors), f"{finite} of {len(artifact.tensors)} tensors")]
-    changes = modules(artifact.tensors).values()
-    finite = sum(all(bool(t.isfinite().all()) for t in (*change.values(), core(change))) for change in changes)
-    moved = sum(bool(core(change).any()) for change in changes)
-    return [Check("finite", finite == len(changes), f"{finite} of {len(changes)} changes"),
-            Check("not zero", moved > 0, f"{moved} of {len(changes)} changes")]
+def alone(path: Path, spec) -> tuple[Artifact | None, list[Check]]:
+    """What can be said of a file without its base; no artifact where it contradicts itself.
+
+    Raises FinetuneError when it is no adapter, or none of this family."""
+    header = read_header(path)
+    if lies := formats.contradictions(header):
+        return None, [Check("metadata", False, "; ".join(lies))]
+    artifact = formats.load(path, spec)
+    return artifact, [Check("metadata", True, "as its tensors"), *numbers(artifact)]
+
+
+def numbers(artifact: Artifact) -> list[Check]:
+    """Whether what it changes is finite, and anything."""
+    bad = [name for name, t in artifact.tensors.items() if not t.isfinite().all()]
+    if bad or artifact.kind in (*WHOLE, "embedding"):
+        count = len(artifact.tensors)
+        return [Check("finite", not bad, f"{count - len(bad)} of {count} tensors{_which(bad)}")]
+    changes = {".".join(stem): core(change) for stem, change in modules(artifact.tensors).items()}
+    large = [stem for stem, change in changes.items() if not change.isfinite().all()]
+    still = [stem for stem, change in changes.items() if not change.any()]
+    return [Check("finite", not large, f"{len(changes) - len(large)} of {len(changes)} changes{_which(large)}"),
+            Check("not zero", len(still) < len(changes), f"{len(changes) - len(still)} of {len(changes)} changes{_which(still)}")]
+
+
+def _which(names: list[str]) -> str:
+    return f"; not {', '.join(names[:3])}{', …' if len(names) > 3 else ''}" if names else ""
+
+
+def tools(path: Path, spec) -> list[Check]:
+    """The tools that load it, and those that do not and why: no verdict, for no file is right everywhere."""
+    found = consumers.receipt(read_header(path), spec.name)
+    return [Check("tools", True, consumers.table(found))] if found else []
 
 
 def by_diffusers(path: Path, family, expected: dict[float, Tensor]) -> list[Check]:
@@ -189,9 +219,11 @@ def probe(family) -> Tensor:
     denoiser = family.parts["denoiser"]
     side = min(denoiser.config.sample_size, 32)
     x = noise.normal((denoiser.config.in_channels, side, side), 0, [0, 1], "verify").to(denoiser.device)
-    t = torch.tensor([family.path.steps // 10, family.path.steps // 2], device=denoiser.device)
+    pixels = side * family.stride
+    t = family.path.time(torch.tensor(FRACTIONS, dtype=torch.float64), torch.full((2,), pixels ** 2))
+    geometry = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * 2, device=x.device, dtype=x.dtype)
     with resting(family.parts):
-        return family.denoise(x, t, family.encode_text(["a picture", "a red circle"]), torch.zeros(2, 6, device=x.device))
+        return family.denoise(x, family.path.told(t).to(x.device), family.encode_text(["a picture", "a red circle"]), geometry)
 
 
 @torch.no_grad()

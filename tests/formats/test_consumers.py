@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetune.artifact import Header
-from finetune.formats.consumers import TOOLS, receipt
+from finetune.formats._consumers import TOOLS, receipt
 
 ATTENTION = "to_q", "to_k", "to_v", "to_out.0"
 TEXT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")

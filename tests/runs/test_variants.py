@@ -23,7 +23,7 @@ def test_a_run_is_proven_and_goes_on_bit_for_bit(recipe, train, tmp_path, varian
     found = next((whole / "adapter").glob("*.safetensors"))
     checks = [check["name"] for check in json.loads((whole / "adapter" / "verify.json").read_text())[found.name]]
     who = "diffusers at strength" if "lora" in variant else "merged by finetune at"
-    assert checks[3:] == [f"{who} 0.5", f"{who} 1"]
+    assert checks == ["metadata", "finite", "not zero", "fits the base", f"{who} 0.5", f"{who} 1", "tools"]
     assert identify(read_header(found))["modules"]["text"] == 12
 
     assert train(recipe, cut, *words(variant)) == 0

@@ -134,9 +134,10 @@ def _reading(tool: str, i: int, marked: list, header: Header, family: str) -> Re
     if tool == "diffusers" and alphas and "lora_adapter_metadata" in header.metadata:
         return Reading(tool, 0, total, "refused", "it takes alphas or lora_adapter_metadata, not both")
     for module, keys, naming, kind, marks in marked:
-        mark, said = naming[i], f"it does not know names like {module!r}"
+        mark, about, said = naming[i], naming, f"it does not know names like {module!r}"
         if mark == "+":
-            mark, said = marks[i], f"it does not apply {kind} as trained" if marks[i] == "x" else f"it does not know {kind}"
+            mark, about = marks[i], kind
+            said = f"it does not apply {kind} as trained" if mark == "x" else f"it does not know {kind}"
         alpha = header.scalars.get(keys.get("alpha", ""))
         if mark == "+" and mixed and any(".lora.down" in name for name in keys.values()):
             mark, said = "-", "of a file with .lora_A and .lora.down it reads the half that its first name belongs to"
@@ -147,7 +148,7 @@ def _reading(tool: str, i: int, marked: list, header: Header, family: str) -> Re
         unknown += len(keys) if mark == "-" else 0
         outcomes[mark] += 1
         if mark != "+":
-            why.setdefault(said, 0)
+            why.setdefault(about, said)
     probed = [module for module, keys, *_ in marked if keys.keys() & {"lora_A", "hada_w1_a", "lokr_w2", "diff"}]
     if tool == "Forge" and unknown > FORGE_LIMIT:
         return Reading(tool, 0, total, "refused", f"{unknown} of its names are unknown there, and more than {FORGE_LIMIT} are too many")
@@ -158,7 +159,7 @@ def _reading(tool: str, i: int, marked: list, header: Header, family: str) -> Re
     right = outcomes["+"]
     outcome = "loads fully" if right == total else f"wrongly {right}/{total}" if outcomes["x"] else \
         f"partially {right}/{total}" if right else "ignored"
-    return Reading(tool, right, total, outcome, "; ".join(why))
+    return Reading(tool, right, total, outcome, "; ".join(why.values()))
 
 
 def _whole(tool: str, mark: str) -> Reading:
@@ -167,7 +168,9 @@ def _whole(tool: str, mark: str) -> Reading:
 
 
 def table(readings: list[Reading]) -> str:
-    """For people: who loads it, and line by line who does not and why."""
-    whole = [reading.tool for reading in readings if reading.outcome == "loads fully"]
-    lines = [f"  loads in  {', '.join(whole) or 'no other tool'}"]
-    return "\n".join(lines + [f"  {r.tool}: {r.outcome}: {r.why}" for r in readings if r.outcome != "loads fully"])
+    """For people: who loads it whole, and line by line who does not and why."""
+    groups: dict[str, list[str]] = {}
+    for reading in readings:
+        groups.setdefault(f"{reading.outcome}: {reading.why}".removesuffix(": "), []).append(reading.tool)
+    whole = ", ".join(groups.pop("loads fully", ["none that was examined"]))
+    return "\n        ".join([f"loads fully in {whole}", *(f"{', '.join(names)}: {said}" for said, names in groups.items())])
