@@ -125,6 +125,8 @@ class SD1:
         """A diffusers folder with the weights in `dtype`, under the published names."""
         for module in self.parts.values():
             module.to(dtype)
+        self.tokenizer.backend_tokenizer.no_padding()       # how it was last called would be saved with it
+        self.tokenizer.backend_tokenizer.no_truncation()
         self.pipeline().save_pretrained(folder)
         publish_text_encoder(folder / "text_encoder")
         self.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))      # vocab.json, merges.txt
