@@ -148,6 +148,9 @@ class UNetFamily:
         """A diffusers folder with the weights in `dtype`, under the published names."""
         for module in self.parts.values():
             module.to(dtype)
+        for words in self.tokenizers.values():      # how they were last called would be saved with them
+            words.backend_tokenizer.no_padding()
+            words.backend_tokenizer.no_truncation()
         self.pipeline().save_pretrained(folder)
         for part, words in self.tokenizers.items():
             publish_text_encoder(folder / self.spec.components[part])
