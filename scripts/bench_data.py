@@ -1,15 +1,17 @@
 """Print how fast data comes: pictures read and encoded, batches delivered, a million examples found.
 
-    python scripts/bench_data.py [--examples 1000] [--million 1000000]
+    python scripts/bench_data.py [SIZE]
 
 Everything is made up and lies in a temporary folder. The shapes are those of SD 1.5 at 512 pixels: moments of 8 × 64 × 64
-and text states of 77 × 768, both float32. Reads come from the warm file cache. The million are PNG files of 8 × 8 pixels
-with a metadata.jsonl; each start is a process of its own, so that its memory can be told.
+and text states of 77 × 768, both float32. The million (or SIZE) are PNG files of 8 × 8 pixels with a metadata.jsonl; each
+start is a process of its own, so that its memory can be told, and finds in the file cache what the system left there.
+On a machine that does other work too, compare the CPU seconds.
 """
 
 import argparse
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -39,25 +41,26 @@ from finetune.data.sources import Source
 
 VIEW = View(Reading(), False, False, None, 0.0, 8)
 CAPTIONS = Captions((("{text}", 1.0),))
+torch.set_num_threads(1)
 MOMENTS, STATES = torch.randn(8, 64, 64), torch.randn(1, 77, 768)
 BATCH = 8
+EXAMPLES = 1000     # encoded ones
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=1000)
-    parser.add_argument("--million", type=int, default=1_000_000)
-    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)     # a start of the million, in this process
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.start:
-        return start(args.start)
+    parser.add_argument("size", type=int, nargs="?", default=1_000_000, help="files to find instead of a million")
+    size = parser.parse_args().size
+    begin, load = time.perf_counter(), os.getloadavg()[0]
+    tell("", "measured", "goal")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FINETUNE_CACHE"] = f"{folder}/cache"
         repeats()
         pictures(Path(folder))
-        examples(Path(folder) / "cache", args.examples)
-        million(Path(folder) / "million", args.million)
+        examples(Path(folder) / "cache", EXAMPLES)
+        million(Path(folder) / "million", size)
+    print(f"{(time.perf_counter() - begin) / 60:.1f} minutes on {os.cpu_count()} cores; "
+          f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after")
 
 
 def repeats() -> None:
@@ -69,7 +72,7 @@ def repeats() -> None:
     for epoch in range(3):
         seen = Counter(np.concatenate([order.examples(epoch * order.steps + step) for step in range(order.steps)]).tolist())
         exact += seen == dict(enumerate(wanted.tolist()))
-    print(f"{exact} of 3 epochs   show each of 999 examples exactly its repeats, in 5 buckets at batch 4", flush=True)
+    tell("epochs that show 999 examples exactly their repeats, 5 buckets, batch 4", f"{exact} of 3", "3 of 3")
 
 
 def pictures(folder: Path) -> None:
@@ -84,12 +87,13 @@ def pictures(folder: Path) -> None:
         image = read(data, "x.jpg")
         return fit(image, plan_crop(image.width, image.height, (512, 512)), False)
 
-    tell("pictures decoded and fitted, JPEG 1600 × 1200 to 512", 20, once(lambda: [one() for _ in range(20)]))
+    rate("pictures decoded and fitted on a core, JPEG 1600 × 1200 to 512", 20, once(lambda: [one() for _ in range(20)]),
+         "more than are encoded")
     blocks = ["DownEncoderBlock2D"] * 4, ["UpDecoderBlock2D"] * 4
     vae = AutoencoderKL(3, 3, *blocks, (128, 256, 512, 512), 2, latent_channels=4).eval()
     torch.set_num_threads(2)
     with torch.no_grad():
-        tell("of these encoded by the VAE on this CPU", 2, once(lambda: [vae.encode(one()[None]) for _ in range(2)]))
+        rate("of these encoded by the VAE on two cores", 2, once(lambda: [vae.encode(one()[None]) for _ in range(2)]))
     torch.set_num_threads(1)
 
 
@@ -102,7 +106,7 @@ def examples(folder: Path, count: int) -> None:
         moments[n], text[n]
 
     write = once(lambda: (rows("moments", "moments", MOMENTS), rows("text", "tokens", STATES)))
-    tell("examples written", count, write)
+    rate("examples written", count, write)
     moments, text = rows("moments", "moments", MOMENTS), rows("text", "tokens", STATES)
     encoded = Encoded(lambda n, mirrored: moments[n], lambda caption: Conditioning(**text[int(caption)]),
                       lambda moments, noise: moments[:, :4] + noise)
@@ -114,13 +118,14 @@ def examples(folder: Path, count: int) -> None:
     for workers in (1, 2):
         with ThreadPoolExecutor(workers) as pool:
             wall = once(lambda: list(pool.map(entries, range(count))))
-            tell(f"examples read and checked, threads: {workers}", count, wall)
+            rate(f"examples read and checked, threads: {workers}", count, wall)
         wall = once(lambda: [None for _ in Loader([stream], BATCH, 1, 0, 1, workers).run(range(steps))])
-        tell(f"examples delivered in batches of {BATCH}, noise drawn, workers: {workers}", steps * BATCH, wall)
+        rate(f"examples delivered in batches of {BATCH}, noise drawn, workers: {workers}", steps * BATCH, wall,
+             "≥ 2,000 a second" if workers == 2 else "")
 
 
 def million(folder: Path, count: int) -> None:
-    """Index that many files, twice, and deliver the first batch of fake latents."""
+    """Index that many files, twice, and deliver the first batch of fake latents. The goals are those for a million."""
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
@@ -136,20 +141,24 @@ def million(folder: Path, count: int) -> None:
         for n in range(count):
             file.write(json.dumps({"file_name": f"{n // 1000:04d}/{n:07d}.png", "text": f"number {n}"}) + "\n")
     for which in ("first", "next"):
-        found = subprocess.run([sys.executable, __file__, "--start", folder], capture_output=True, text=True, check=True)
-        for line in found.stdout.splitlines():
-            print(f"{which} start: {line}", flush=True)
+        # not as a script: the processes that decode would run it too, and import torch
+        code = f"import bench_data; bench_data.start({which!r}, {str(folder)!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
 
 
-def start(folder: Path) -> None:
+def start(which: str, folder: str) -> None:
     """Index a folder and deliver the first batch, in this process."""
     index = None
 
     def look() -> None:
         nonlocal index
-        index = build([Source(str(folder))], Reading(), None, print, True)
+        index = build([Source(folder)], Reading(), None, print, True)
 
-    tell("examples indexed", 0, once(look))
+    wall = once(look)
+    own, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    tell(f"{which} start: {len(index):,} examples indexed", f"{wall:.1f} s", "≤ 60 s" if which == "first" else "≤ 5 s")
+    spent = own.ru_utime + own.ru_stime + workers.ru_utime + workers.ru_stime
+    tell(f"{which} start: CPU seconds until then, with imports", f"{spent:.1f} s")
     stream = None
 
     def first() -> None:
@@ -162,9 +171,9 @@ def start(folder: Path) -> None:
                         Order(np.zeros(len(index), int), index.repeats, BATCH, 0), encoded)
         next(Loader([stream], BATCH, 1, 0, 1, 0).run(range(3)))
 
-    tell("first batch, keys of all latents made", 0, once(first))
+    tell(f"{which} start: first batch, keys of all latents made", f"{once(first):.1f} s", "≤ 5 s")
     peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    print(f"{peak / 1024:,.0f} MiB resident at most")
+    tell(f"{which} start: resident at most", f"{peak / 1024:,.0f} MiB", "≤ 1,024 MiB")
 
 
 def once(work) -> float:
@@ -174,9 +183,12 @@ def once(work) -> float:
     return time.perf_counter() - begin
 
 
-def tell(what: str, count: int, seconds: float) -> None:
-    rate = f"{count / seconds:12,.1f} a second   " if count else ""
-    print(f"{rate}{what}, {seconds:.2f} s", flush=True)
+def rate(what: str, count: int, seconds: float, goal: str = "") -> None:
+    tell(what, f"{count / seconds:,.1f} a second", goal)
+
+
+def tell(what: str, measured: str, goal: str = "") -> None:
+    print(f"{what:72}{measured:>20}   {goal}".rstrip(), flush=True)
 
 
 if __name__ == "__main__":

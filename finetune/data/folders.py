@@ -87,11 +87,15 @@ class Files:
         self.stamps.append(stamp(status))
 
     def add_all(self, entries: list[os.DirEntry]) -> None:
-        """The same of many; a million calls of `add` would take seconds."""
-        found = [entry.stat() for entry in entries]
-        self.names += [entry.name for entry in entries]
-        self.sizes += [status.st_size for status in found]
-        self.stamps += [stamp(status) for status in found]
+        """The same of many that are no links; a million calls of `add` would take a second."""
+        for entry in entries:
+            try:
+                status = entry.stat()
+            except FileNotFoundError:       # removed in this very moment
+                continue
+            self.names.append(entry.name)
+            self.sizes.append(status.st_size)
+            self.stamps.append(stamp(status))
 
     def listed(self) -> pa.Table:
         zeros = np.zeros(len(self.names), np.int64)
@@ -153,15 +157,19 @@ def look_into(root: bytes, folder: bytes, prefix: str) -> Found:
         found.notes.append(Note(kind, printable(prefix + os.fsdecode(folder + name)), text, fatal))
 
     try:
+        plain, other = [], []
         with os.scandir(os.path.join(root, folder)) as entries:
-            seen = [entry for entry in entries if not entry.name.startswith(b".")]
-        suffixes = [name[name.rfind(b"."):].lower() for name in (entry.name for entry in seen)]
-        plain = [entry for entry, suffix in zip(seen, suffixes) if suffix in PICTURES and entry.is_file(follow_symlinks=False)]
+            for entry in entries:
+                name = entry.name
+                suffix = name[name.rfind(b"."):].lower()
+                if name.startswith(b"."):
+                    continue
+                if suffix in PICTURES and entry.is_file(follow_symlinks=False):
+                    plain.append(entry)
+                else:
+                    other.append((entry, name, suffix))
         found.pictures.add_all(plain)
-        for entry, suffix in zip(seen, suffixes):
-            name = entry.name
-            if suffix in PICTURES and entry.is_file(follow_symlinks=False):
-                continue
+        for entry, name, suffix in other:
             if suffix in PICTURES or suffix in BESIDE or name in TABLES:
                 try:
                     status = entry.stat()

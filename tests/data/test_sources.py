@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from finetune.data.folders import Files
 from finetune.data.index import build
 from finetune.data.pictures import Reading
 from finetune.data.sources import Source
@@ -141,6 +142,19 @@ def test_folders_behind_links_are_walked_once(tmp_path):
     names = [found.name(i).removeprefix(f"{tmp_path}/all/") for i in range(len(found))]
     assert names == ["elsewhere/b.png", "z/a.png"]
     assert [n.kind for n in found.notes] == ["unreadable"] and "broken.png" in found.notes[0].name
+
+
+def test_what_is_removed_while_it_is_listed_is_not_there(tmp_path, monkeypatch):
+    folder(tmp_path, **{"0.png": 0, "1.png": 1, "2.png": 2})
+
+    def removing(files, entries):
+        (tmp_path / "1.png").unlink()
+        return add_all(files, entries)
+
+    add_all = Files.add_all
+    monkeypatch.setattr(Files, "add_all", removing)
+    found = index(tmp_path)
+    assert list(columns(found)) == ["0.png", "2.png"] and not found.notes
 
 
 def test_a_name_is_always_printable(tmp_path):
