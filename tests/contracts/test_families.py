@@ -226,3 +226,9 @@ def test_an_inpainting_network_is_called_as_the_pipeline_does(member, monkeypatc
 def test_an_inpainting_model_is_not_trained_without_masks(member, recipe, train, tmp_path, capsys):
     assert train(recipe, tmp_path / "run", "--set", f"base.path={member('sd15-inpainting')}") == 2
     assert "is an inpainting model" in capsys.readouterr().err
+
+
+def test_a_path_of_the_recipe_is_what_the_header_says(recipe, train, tmp_path, capsys):
+    own = "objective.path={kind: ddpm, schedule: cosine, prediction: v_prediction, zero_snr: true}"
+    assert train(recipe, tmp_path / "run", "--set", own, "--set", "train.max_steps=2") == 0
+    assert "(sd1, v_prediction, zero terminal SNR, float32)" in capsys.readouterr().err
