@@ -19,6 +19,7 @@ from finetune.data import cache
 from finetune.data.cache import Cache
 from finetune.data.loader import Loader, Stream
 from finetune.diffusion.noise import derive
+from finetune.diffusion.path import Discrete
 from finetune.errors import FinetuneError
 from finetune.formats import base as formats
 from finetune.optim.ema import Ema
@@ -103,7 +104,9 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     ema = Ema(parameters, train.ema.decay) if train.ema else None
     model, optimizer = accelerator.prepare(TrainStep(family, method, objective, train.seed), optimizer)
     trained = sum(p.numel() for p in parameters.values())
-    say(f"base      {family.source.name} ({family.spec.name}, {family.path.prediction}, {recipe.base.dtype})")
+    path = getattr(objective, "path", None) or family.path      # the recipe may have one of its own
+    zero = ", zero terminal SNR" if isinstance(path, Discrete) and path.alphas_cumprod[-1] == 0 else ""
+    say(f"base      {family.source.name} ({family.spec.name}, {path.prediction}{zero}, {recipe.base.dtype})")
     for note in family.source.notes:
         say(f"note: {note}")
     for line in ground.describe(recipe, base):

@@ -48,7 +48,8 @@ def draw(family, batch, stream, size):
 def told(family, prompts):
     """What the pipeline makes of prompts, and of no negative prompt."""
     found = family.pipeline().encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
-    return (Conditioning(found[0], *found[2:3]), Conditioning(found[1], *found[3:])) if len(found) == 4 else map(Conditioning, found)
+    return (Conditioning(found[0], *found[2:3]), Conditioning(found[1], *found[3:])) if len(found) == 4 else \
+        map(Conditioning, found)
 
 
 def test_every_family_has_a_member(member):
@@ -61,7 +62,7 @@ def test_text_is_what_the_pipeline_encodes(family):
         mine, nothing = family.encode_text(CAPTIONS), family.encode_text(["", ""])
     for ours, theirs in zip((mine, nothing), told(family, CAPTIONS)):
         assert torch.equal(ours.tokens, theirs.tokens) and ours.mask is None
-        assert (ours.pooled is None) == (theirs.pooled is None) and (ours.pooled is None or torch.equal(ours.pooled, theirs.pooled))
+        assert ours.pooled is theirs.pooled is None or torch.equal(ours.pooled, theirs.pooled)
     assert (nothing.tokens == 0).all() == (family.spec.name == "sdxl")
 
 
@@ -78,7 +79,8 @@ def test_a_call_of_the_network_is_that_of_the_pipeline(family, monkeypatch):
 
     step = family.stride
     x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0))
-    more = {"original_size": (900, 700), "crops_coords_top_left": (3, 5), "target_size": (512, 640)} if family.spec.name == "sdxl" else {}
+    sizes = {"original_size": (900, 700), "crops_coords_top_left": (3, 5), "target_size": (512, 640)}
+    more = sizes if family.spec.name == "sdxl" else {}
     monkeypatch.setattr(family.parts["denoiser"], "forward", spy)
     theirs = pipe(CAPTIONS, latents=x, guidance_scale=3.0, num_inference_steps=3, output_type="latent", height=8 * step,
                   width=16 * step, **more).images
@@ -213,7 +215,8 @@ def test_an_inpainting_network_is_called_as_the_pipeline_does(member, monkeypatc
     monkeypatch.setattr(unet, "forward", spy)
     mask = torch.zeros(1, 1, 64, 64)
     mask[..., 32:] = 1
-    pipe(CAPTIONS[0], image=torch.zeros(1, 3, 64, 64), mask_image=mask, num_inference_steps=1, guidance_scale=1.0, height=64, width=64)
+    pipe(CAPTIONS[0], image=torch.zeros(1, 3, 64, 64), mask_image=mask, num_inference_steps=1, guidance_scale=1.0, height=64,
+         width=64)
     monkeypatch.undo()
     sample, t, wanted = calls[0]
     assert sample.shape[1] == 9 and torch.equal(sample[:, 4:5], mask[..., ::8, ::8])
@@ -226,3 +229,9 @@ def test_an_inpainting_network_is_called_as_the_pipeline_does(member, monkeypatc
 def test_an_inpainting_model_is_not_trained_without_masks(member, recipe, train, tmp_path, capsys):
     assert train(recipe, tmp_path / "run", "--set", f"base.path={member('sd15-inpainting')}") == 2
     assert "is an inpainting model" in capsys.readouterr().err
+
+
+def test_a_path_of_the_recipe_is_what_the_header_says(recipe, train, tmp_path, capsys):
+    own = "objective.path={kind: ddpm, schedule: cosine, prediction: v_prediction, zero_snr: true}"
+    assert train(recipe, tmp_path / "run", "--set", own, "--set", "train.max_steps=2") == 0
+    assert "(sd1, v_prediction, zero terminal SNR, float32)" in capsys.readouterr().err

@@ -88,7 +88,8 @@ def test_learned_tokens_are_in_every_encoder_and_a_run_goes_on_where_it_was_cut(
     found = {name: tuple(t.shape) for name, t in load_file(file).items()}
     family = kind_of(locate(base))
     assert found == ({"clip_l": (2, 32), "clip_g": (2, 64)} if family == "sdxl" else {"emb_params": (2, 32)})
-    assert main(["sample", "--base", base, "--family", family, "--adapter", str(file), "--prompt", "a zkw-cat on white", "--steps", "1", "--size", "64x64", "--out", str(tmp_path / "out")]) == 0
+    assert main(["sample", "--base", base, "--family", family,
+                 "--adapter", str(file), "--prompt", "a zkw-cat on white", "--steps", "1", "--size", "64x64", "--out", str(tmp_path / "out")]) == 0
 
 
 def test_a_full_fine_tune_with_class_pictures_and_long_captions(write, train, tmp_path):
