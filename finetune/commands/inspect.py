@@ -5,20 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import shutil
-import statistics
 import textwrap
 from collections import Counter
 from pathlib import Path
 
-from finetune import registry
-from finetune.artifact import modules, read_header
+from finetune.artifact import read_header
 from finetune.commands import _bars
 from finetune.errors import FinetuneError
-from finetune.formats.base import identify, load
+from finetune.formats.base import identify
 
-MEASURED = ("lora", "loha", "lokr", "difference")       # kinds whose change needs no base
+MEASURED = ("lora", "loha", "lokr", "difference")       # as in train/norms.py, which imports torch
 LONGEST_VALUE = 2000  # characters of one metadata value on the screen; --json has them all
 
 
@@ -37,11 +34,15 @@ def run(args: argparse.Namespace) -> int:
     """Print what the file is. FinetuneError for a damaged file, and for a plot of what has no norms."""
     facts = describe(args.file)
     if facts["kind"] in MEASURED and not args.header:
+        from finetune.train.norms import measure        # it imports torch
+
         facts |= measure(args.file, facts)
     if args.plot:
         if not facts.get("norms"):
             why = "; ".join(facts["problems"]) or f"kind {facts['kind'] or 'unknown'}" + " with --header" * args.header
             raise FinetuneError(f"--plot {args.plot}: there are no norms to draw: {why}")
+        from finetune.train.norms import block_of
+
         layers = {block: [norm for layer, norm in facts["layers"].items() if block_of(layer) == block] for block in facts["norms"]}
         _bars.draw(args.plot, f"{args.file.name}: norm of the change at strength 1, by block", facts["norms"], layers)
     print(json.dumps(facts, indent=2, ensure_ascii=False) if args.json else table(facts, args.keys))
@@ -73,52 +74,6 @@ def odd_alphas(facts: dict) -> list[str]:
     most = 16 * max(facts["ranks"], default=0)
     odd = [alpha for alpha in facts["alphas"] if not 0 < alpha <= most]
     return [f"odd alpha: {_list(odd)}, with ranks up to {most // 16}"] if odd and most else []
-
-
-def measure(path: Path, facts: dict) -> dict:
-    """{"norms": {block: …}, "layers": {layer: …}}, Frobenius norms of the change at strength 1, and with "problems" found."""
-    if facts["family"] is None:
-        return {"problems": [*facts["problems"], "unknown family: its layers cannot be measured"]}
-    from finetune.change import core
-    from finetune.lowrank import factors, norm
-
-    try:
-        found = modules(load(path, registry.find("families", facts["family"]).SPEC).tensors)
-    except FinetuneError as error:
-        return {"problems": [*facts["problems"], str(error)]}
-    sizes, layers, problems = {}, {}, {}
-    for (part, name), module in sorted(found.items(), key=lambda item: _natural(item[0])):
-        stem = f"{part}.{name}"
-        if {"dora_scale", "oft_blocks"} & module.keys():
-            problems.setdefault("depend on the base and are not measured", []).append(stem)
-        elif not all(tensor.isfinite().all() for tensor in module.values()):
-            problems.setdefault("hold NaN or infinity", []).append(stem)
-        elif "lora_A" in module:        # the product of a large layer is not formed
-            layers[stem], sizes[stem] = norm(*factors(module)), len(module["lora_B"]) * module["lora_A"][0].numel()
-        else:
-            change = core(module).double()
-            layers[stem], sizes[stem] = change.norm().item(), change.numel()
-    usual = statistics.median(layers.values()) if layers else 0.0
-    for stem, size in layers.items():
-        if size == 0:
-            problems.setdefault("change nothing", []).append(stem)
-        # No weight of these models is 1 on average.
-        elif size > sizes[stem] ** 0.5 or size > 50 * usual > 0:
-            problems.setdefault("change far more than weights can bear, or than the others do", []).append(stem)
-    squares: dict[str, float] = {}
-    for stem, size in layers.items():
-        squares[block_of(stem)] = squares.get(block_of(stem), 0.0) + size ** 2
-    said = [f"{len(stems)} of {len(found)} modules {what}, such as {stems[0]}" for what, stems in problems.items()]
-    return {"norms": {block: math.sqrt(square) for block, square in squares.items()}, "layers": layers,
-            "problems": [*facts["problems"], *said]}
-
-
-def block_of(layer: str) -> str:
-    return re.match(r".*?[.][0-9]+|.*", layer)[0]
-
-
-def _natural(key: tuple[str, str]) -> list:
-    return [(int(word), "") if word.isdigit() else (-1, word) for word in ".".join(key).split(".")]
 
 
 def table(facts: dict, keys: bool = False) -> str:

@@ -13,14 +13,17 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from finetune.artifact import read_header
 from finetune.data import pictures
 from finetune.errors import FinetuneError
+from finetune.formats.base import identify
 from finetune.recipe import Recipe, dump, load
 from finetune.recipe.resolved import leaves
 from finetune.runfolder import write_text
 from finetune.train import ground
 from finetune.train.curves import chart
 from finetune.train.lint import lint
+from finetune.train.norms import MEASURED, measure
 
 NAME = "report.html"
 SHOWN, THUMBNAIL = 24, 144      # pictures of the data, and their longer side in pixels
@@ -71,7 +74,8 @@ def facts(folder: Path) -> dict:
     except (OSError, ValueError) as e:
         raise FinetuneError(f"{folder}: is no run that can be told about: {e}") from None
     steps = [line for line in lines if "loss" in line]
-    return {"title": folder.resolve().name, "sentence": sentence(recipe), "lines": lines, "cards": cards(recipe, steps, proof, folder),
+    measured = [(path.name, norms(path)) for path in sorted((folder / "adapter").glob("*.safetensors"))][:1]
+    return {"norms": [(name, bars) for name, bars in measured if bars], "title": folder.resolve().name, "sentence": sentence(recipe), "lines": lines, "cards": cards(recipe, steps, proof, folder),
             "previews": [(int(path.stem.rpartition("-")[2]), picture(Image.open(path), WIDEST))
                          for path in sorted((folder / "previews").glob("step-*.png"))],
             "data": data(recipe), "proof": proof, "uses": uses(recipe, proof, folder), "leaves": dict(leaves(recipe.model_dump(mode="json"))),
@@ -117,6 +121,16 @@ def data(recipe: Recipe) -> dict:
     except (FinetuneError, OSError) as e:
         return {"trouble": str(e), "counts": {}, "shown": [], "notes": []}
     return {"trouble": "", "counts": found.pictures, "shown": shown, "notes": found.notes}
+
+
+def norms(path: Path) -> list[tuple[str, float, float]]:
+    """Of each block its norm, and that as a share of the greatest; nothing for a file without low-rank changes."""
+    facts = identify(read_header(path))
+    if facts["kind"] not in MEASURED:
+        return []
+    found = measure(path, facts | {"problems": []}).get("norms", {})
+    most = max(found.values(), default=0.0) or 1.0
+    return [(block, size, size / most) for block, size in found.items()]
 
 
 def caption(words, columns: dict[str, str]) -> str:
