@@ -22,8 +22,12 @@ def run(args) -> int:
     from finetune.runfolder import RunFolder
     from finetune.train import processes
 
-    # Outside of the steps nothing has to be saved: what was encoded or made so far is found again.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    def end(number: int, frame) -> None:
+        """Outside of the steps nothing has to be saved: what was encoded or made so far is found again."""
+        signal.signal(number, signal.SIG_DFL)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
     loaded = load(args.recipe, args.overrides)
     deadline = time.monotonic() + loaded.recipe.train.seconds
     processes.start_missing()

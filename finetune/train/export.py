@@ -88,13 +88,17 @@ def said(run: Run, method) -> dict[str, dict[float, torch.Tensor]]:
 
 
 def check(artifact: Artifact) -> None:
-    """Raise FinetuneError for an adapter that is not finite or changes nothing."""
-    bad = sorted(name for name, t in artifact.tensors.items() if not t.isfinite().all())
+    """Raise FinetuneError for an adapter that is not finite, as it is or multiplied out, or changes nothing."""
+    bad, moved = [name for name, t in artifact.tensors.items() if not t.isfinite().all()], False
+    whole = artifact.kind in (*WHOLE, "embedding")
+    for (part, path), module in modules(artifact.tensors).items() if not whole else ():
+        change = core(module)
+        moved |= bool(change.any())
+        bad += [] if change.isfinite().all() else [f"{part}.{path}"]
     if bad:
-        raise FinetuneError(f"{len(bad)} trained tensors are not finite ({bad[0]}, …): no adapter is written; "
+        raise FinetuneError(f"{len(bad)} trained tensors are not finite ({min(bad)}, …): no adapter is written; "
                             "lower train.learning_rate and start again with --fresh")
-    if artifact.kind not in (*WHOLE, "embedding") and not any(
-            core(module).any() for module in modules(artifact.tensors).values()):
+    if not (whole or moved):
         raise FinetuneError("the adapter changes nothing: no adapter is written; raise train.learning_rate or train.max_steps")
 
 

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("words", ["canaries --sample 8", "flips --sample 60", "kill --sample 2", "not_finite --sample 4",
-                                   "second_start --sample 3", "storage --sample 2"], ids=lambda words: words.split()[0])
+@pytest.mark.parametrize("words", ["canaries --sample 8", "flips --sample 40", "kill --sample 2", "not_finite --sample 4",
+                                   "second_start --sample 2", "storage --sample 1"], ids=lambda words: words.split()[0])
 def test_a_sample_of(words):
     program, *options = words.split()
     done = subprocess.run([sys.executable, ROOT / "scripts" / "faults" / f"{program}.py", *options], capture_output=True,
