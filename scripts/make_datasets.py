@@ -69,7 +69,8 @@ def subject(rng: random.Random) -> Iterator[Row]:
     """The zwx creature
 
     One invented character, six times: orange and round, with one big eye, an antenna with a cyan ball, cyan feet
-    and a belly of purple stripes. Background, place and size change. Its placeholder, `zwx`, is in the captions.
+    and a belly of purple stripes. Background, place and size change. Its placeholder, `zwx`, is in the captions;
+    the column `background` is for those that name it otherwise.
 
     **How to use.** Teach the character to a LoRA; `datasets/subject_class` has other creatures, for a prior.
 
@@ -82,7 +83,7 @@ def subject(rng: random.Random) -> Iterator[Row]:
     for background in ("mint", "white", "navy", "cream", "gray", "lavender"):
         words = rng.choice(["a picture of zwx creature on a {} background", "zwx creature on a {} background",
                             "a drawing of zwx creature against a {} background"])
-        yield posed(drawings.ZWX, background, rng), {"text": words.format(background)}
+        yield posed(drawings.ZWX, background, rng), {"text": words.format(background), "background": background}
 
 
 def subject_class(rng: random.Random) -> Iterator[Row]:
@@ -98,6 +99,27 @@ def subject_class(rng: random.Random) -> Iterator[Row]:
         words = rng.choice(["a picture of a creature on a {} background", "a creature on a {} background",
                             "a drawing of a creature against a {} background"])
         yield posed(drawings.random_creature(rng), background, rng), {"text": words.format(background)}
+
+
+def thing(rng: random.Random) -> Iterator[Row]:
+    """A thing without a name
+
+    A purple star of the world that the tiny base knows, six times; background, place and size change. No caption
+    says what it is: it is called `wug`.
+
+    **How to use.** Learn what `zwx` means as a token, which can find what a base is able to draw and nothing else:
+
+    ```yaml
+    base: {family: sd1, path: tiny}
+    data: {images: datasets/thing, resolution: 64}
+    method: {kind: embedding, tokens: {wug: {init: thing}}}
+    ```
+    """
+    for background in ("mint", "white", "navy", "cream", "gray", "lavender"):
+        scene = world.random_scene(rng, two=0, shape="star", colour="purple", background=background)
+        words = rng.choice(["a picture of wug on a {} background", "wug on a {} background",
+                            "a drawing of wug against a {} background"])
+        yield world.draw(scene), {"text": words.format(background)}
 
 
 def attributes(rng: random.Random) -> Iterator[Row]:
@@ -154,7 +176,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "datasets")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for rows in (style, subject, subject_class, attributes, texture):
+    for rows in (style, subject, subject_class, thing, attributes, texture):
         name = rows.__name__
         folder = args.out / name
         shutil.rmtree(folder, ignore_errors=True)
