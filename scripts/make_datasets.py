@@ -81,8 +81,8 @@ def subject(rng: random.Random) -> Iterator[Row]:
     ```
     """
     for background in ("mint", "white", "navy", "cream", "gray", "lavender"):
-        words = rng.choice(["a picture of zwx creature on a {} background", "zwx creature on a {} background",
-                            "a drawing of zwx creature against a {} background"])
+        words = rng.choice(["a picture of a zwx creature on a {} background", "a zwx creature on a {} background",
+                            "a drawing of a zwx creature against a {} background"])
         yield posed(drawings.ZWX, background, rng), {"text": words.format(background), "background": background}
 
 
@@ -107,7 +107,7 @@ def thing(rng: random.Random) -> Iterator[Row]:
     A purple star of the world that the tiny base knows, six times; background, place and size change. No caption
     says what it is: it is called `wug`.
 
-    **How to use.** Learn what `zwx` means as a token, which can find what a base is able to draw and nothing else:
+    **How to use.** Learn what `wug` means as a token, which can find what a base is able to draw and nothing else:
 
     ```yaml
     base: {family: sd1, path: tiny}

@@ -134,7 +134,7 @@ def scenes(who: str) -> list[str]:
     return [FORMS[i % 3].format(who=who, ground=ground) for i, ground in enumerate(GROUNDS)]
 
 
-def recognised(run: Path, who: str = "zwx creature") -> Shares:
+def recognised(run: Path, who: str = "a zwx creature") -> Shares:
     found = creatures.read(creatures.trained()[0], pictures(run, "subject", scenes(who), files(run)))
     return {"recognised": found.count("zwx") / COUNT}
 
@@ -144,7 +144,7 @@ def learned_name(run: Path) -> Shares:
     return recognised(run, "zwx-1 creature")
 
 
-def subject(run: Path, who: str = "zwx creature") -> Shares:
+def subject(run: Path, who: str = "a zwx creature") -> Shares:
     found = creatures.read(creatures.trained()[0], pictures(run, "class", scenes("a creature"), files(run)))
     return recognised(run, who) | {"class stays plain": 1 - found.count("zwx") / COUNT}
 
@@ -196,7 +196,7 @@ def redrawn(run: Path) -> Shares:
 
 
 def variant(words: str) -> tuple[str, ...]:
-    return (f"method={{kind: lora, targets: [cross_attention, feed_forward, conv1, conv2], {words}}}", "export=[kohya]")
+    return (f"method={{kind: lora, targets: [cross_attention, feed_forward, conv1, conv2], {words}}}", "export=[kohya]", "train.max_steps=600")
 
 
 STYLED = {"in style": 0.90, "shape kept": 0.90, "colour kept": 0.90, "background kept": 0.90}

@@ -109,11 +109,14 @@ def test_every_shipped_recipe_trains_two_steps(path, train, tmp_path, pictures):
     first = path.read_text().splitlines()[0]
     assert first.startswith(f"# accelerate launch -m finetune train recipes/{path.name}")
     load(path)
-    small = settings(base__path="tiny", base__variant="null", data__images=pictures, data__resolution=64,
-                     train__max_steps=2, train__warmup_steps=0, train__batch_size=1, every__preview=0)
-    assert train(path, tmp_path / "run", *small) == 0
-    adapter = tmp_path / "run" / "adapter" / f"{path.stem}.safetensors"
-    assert adapter.is_file()
+    small = settings(base__path="tiny", base__variant="null", data__resolution=64, train__max_steps=2, train__warmup_steps=0,
+                     train__batch_size=1, every__preview=0)
+    own = [] if path.stem.startswith("tiny_") else settings(data__images=pictures)
+    assert train(path, tmp_path / "run", *small, *own) == 0
+    adapters = tmp_path / "run" / "adapter"
+    proven = json.loads((adapters / "verify.json").read_text())
+    assert proven and all((adapters / name).exists() for name in proven)
+    adapter = adapters / f"{path.stem}.safetensors"
     if path.stem == "quickstart":
         assert adapter.stat().st_size <= 500_000
 
