@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 import creatures
@@ -99,10 +99,12 @@ def styled(run: Path, part: str, **who) -> Shares:
     return shares | {"style": sum(words["style"] == "hatched" for words in found) / len(found)}
 
 
-@cache
 def plain_base() -> Shares:
+    """What the base makes of the same prompts; measured once."""
     (run := RUNS / "base").mkdir(parents=True, exist_ok=True)
-    return styled(run, "base")
+    if not (found := run / "score.json").exists():
+        found.write_text(json.dumps(styled(run, "base")))
+    return json.loads(found.read_text())
 
 
 def kept(shares: Shares, before: Shares) -> Shares:
@@ -139,18 +141,9 @@ def recognised(run: Path, who: str = "a zwx creature") -> Shares:
     return {"recognised": found.count("zwx") / COUNT}
 
 
-def learned_name(run: Path) -> Shares:
-    """Of a run that has learned a word of its own for it: zwx is one that the tokenizer has."""
-    return recognised(run, "zwx-1 creature")
-
-
 def subject(run: Path, who: str = "a zwx creature") -> Shares:
     found = creatures.read(creatures.trained()[0], pictures(run, "class", scenes("a creature"), files(run)))
     return recognised(run, who) | {"class stays plain": 1 - found.count("zwx") / COUNT}
-
-
-def subject_new(run):
-    return subject(run, "zwx-1 creature")
 
 
 def thing(run: Path) -> Shares:
@@ -199,6 +192,7 @@ def variant(words: str) -> tuple[str, ...]:
     return (f"method={{kind: lora, targets: [cross_attention, feed_forward, conv1, conv2], {words}}}", "export=[kohya]", "train.max_steps=600")
 
 
+WUG = f"data.caption.template={json.dumps([form.format(who='a wug creature', ground='{background}') for form in FORMS])}"
 STYLED = {"in style": 0.90, "shape kept": 0.90, "colour kept": 0.90, "background kept": 0.90}
 ROWS = {
     "lora": Row("style", "quickstart", style, STYLED),
@@ -211,11 +205,14 @@ ROWS = {
     "embedding": Row("thing", "tiny_embedding", thing, {"recognised": 0.50}, most_bytes=10_000),
     "embedding, 8 vectors": Row("thing", "tiny_embedding", thing, {"recognised": 0.50}, ("method.tokens.wug.vectors=8",),
                                 ("embedding",), 10_000),
-    "embedding, creature": Row("subject", "tiny_embedding", recognised, {"recognised": 0.50}, ("data.images=datasets/subject",),
-                               most_bytes=10_000),
+    "embedding, creature": Row("subject", "tiny_embedding", partial(recognised, who="a wug creature"), {"recognised": 0.50},
+                               ("data.images=datasets/subject", WUG, "method.tokens.wug.init=orange circle"), most_bytes=10_000),
     "embedding per value": Row("attributes", "tiny_attributes", combined, {"shape and colour right": 0.80}, most_bytes=10_000),
-    "embedding + lora": Row("subject", "tiny_subject_dreambooth", subject, {"recognised": 0.80, "class stays plain": 0.90},
-                            above=("lora + prior", "embedding, creature")),
+    "embedding + lora": Row("subject", "tiny_subject_dreambooth", partial(subject, who="a wug creature"),
+                            {"recognised": 0.80, "class stays plain": 0.90},
+                            ("method=[{kind: embedding, tokens: {wug: {init: orange circle}}, learning_rate: 2e-2}, "
+                             "{kind: lora, rank: 8, targets: [all, conv]}]", WUG),
+                            ("lora + prior", "embedding, creature")),
 }
 
 
