@@ -59,7 +59,8 @@ def load(path: Path | str):
     return registry.find("families", "sd1").load(str(path))
 
 
-def pictures(run: Path, part: str, captions: list[str], files: list[Path] = (), base: Path | str = "tiny") -> list[Image.Image]:
+def pictures(run: Path, part: str, captions: list[str], files: list[Path] = (),
+             base: Path | str = "tiny") -> list[Image.Image]:
     """Sampled by our own sampler with the adapters merged and the tokens added, each from a seed of its own."""
     family = load(base)
     found = [(file, formats.load(file, family.spec)) for file in files]
@@ -156,7 +157,8 @@ def thing(run: Path) -> Shares:
 def combined(run: Path) -> Shares:
     """Shapes and colours that datasets/attributes never shows together, by the words that were learned for each."""
     pairs = [(s, (s + k) % 8) for k in (0, 3) for s in range(8)]
-    scenes = [{"shape": world.SHAPES[s], "colour": list(world.COLOURS)[c], "background": list(world.BACKGROUNDS)[(s + c + turn) % 8]}
+    grounds = list(world.BACKGROUNDS)
+    scenes = [{"shape": world.SHAPES[s], "colour": list(world.COLOURS)[c], "background": grounds[(s + c + turn) % 8]}
               for turn in range(COUNT // 16) for s, c in pairs]
     captions = ["a colour-{colour} shape-{shape} on a {background} background".format(**scene) for scene in scenes]
     found = readers.read(readers.trained_reader(styles=False)[0], pictures(run, "unseen pairs", captions, files(run)))
@@ -187,7 +189,9 @@ def redrawn(run: Path) -> Shares:
 
 
 def variant(words: str) -> tuple[str, ...]:
-    return (f"method={{kind: lora, targets: [cross_attention, feed_forward, conv1, conv2], {words}}}", "export=[kohya]", "train.max_steps=600")
+    """The quickstart with a relative of its LoRA."""
+    return (f"method={{kind: lora, targets: [cross_attention, feed_forward, conv1, conv2], {words}}}", "export=[kohya]",
+            "train.max_steps=600")
 
 
 WUG = f"data.caption.template={json.dumps([form.format(who='a wug creature', ground='{background}') for form in FORMS])}"
@@ -199,20 +203,21 @@ ROWS = {
     "lokr": Row("style", "quickstart", style, STYLED, variant("variant: lokr, factor: 4")),
     "full": Row("style", "tiny_full", whole_style, {"in style": 0.95, "extracted LoRA as much in style": 0.95}),
     "lora + prior": Row("subject", "tiny_subject_dreambooth", subject, {"recognised": 0.80, "class stays plain": 0.90},
-                        remark="The base was never taught the word zwx, and its text encoder next to ignores such words. Without "
-                        "an article (\"zwx creature\" beside \"a creature\") 8 % were recognised."),
+                        remark="The base was never taught the word zwx, and its text encoder next to ignores such words. "
+                        "Without an article (\"zwx creature\" beside \"a creature\") 8 % were recognised."),
     "lora, no prior": Row("subject", "tiny_subject_dreambooth", subject, {}, ("data.prior=null",)),
     "embedding": Row("thing", "tiny_embedding", thing, {"recognised": 0.50}, most_bytes=10_000),
     "embedding, 8 vectors": Row("thing", "tiny_embedding", thing, {"recognised": 0.50}, ("method.tokens.wug.vectors=8",),
                                 ("embedding",), 10_000),
     "embedding, creature": Row("subject", "tiny_embedding", partial(recognised, who="a wug creature"), {"recognised": 0.50},
-                               ("data.images=datasets/subject", WUG, "method.tokens.wug.init=orange circle"), most_bytes=10_000,
+                               ("data.images=datasets/subject", WUG, "method.tokens.wug.init=orange circle"),
+                               most_bytes=10_000,
                                remark="A learned word finds what the base is able to draw; it has never seen a creature."),
     "embedding per value": Row("attributes", "tiny_attributes", combined, {"shape and colour right": 0.80}, most_bytes=10_000),
     "vae_decoder": Row("texture", "tiny_vae_decoder", redrawn, {"textures dB": 1.5, "textures SSIM": 0.0, "plain dB": -0.2},
-                       remark="The encoder lets next to nothing of such a texture through (`python scripts/score_latents.py`: its "
-                       "latents are 2 to 8 % of their spread from those of a flat colour, and vary by 1 % and less along the pattern; "
-                       "grain more), so there is little that a decoder could draw."),
+                       remark="The encoder lets next to nothing of such a texture through (`python scripts/score_latents.py`: "
+                       "its latents are 2 to 8 % of their spread from those of a flat colour, and vary by 1 % and less along "
+                       "the pattern; grain more), so there is little that a decoder could draw."),
     "vae_decoder, encoder too": Row("texture", "tiny_vae_decoder", redrawn, {}, ("method.encoder=true",)),
     "embedding + lora": Row("subject", "tiny_subject_dreambooth", partial(subject, who="a wug creature"),
                             {"recognised": 0.80, "class stays plain": 0.90},
@@ -247,7 +252,7 @@ def holds(name: str, found: dict[str, dict]) -> bool:
 
 
 def said(what: str, number: float) -> str:
-    return f"{what} {number:+.2f}" if what.endswith("dB") else f"{what} {number:+.3f}" if what.endswith("SSIM") else f"{what} {number:.1%}"
+    return f"{what} {number:{'+.2f' if what.endswith('dB') else '+.3f' if what.endswith('SSIM') else '.1%'}}"
 
 
 def table(found: dict[str, dict]) -> list[str]:
@@ -267,13 +272,13 @@ def table(found: dict[str, dict]) -> list[str]:
 
 def report() -> str:
     """The document, of all rows that were measured, and the sheet beside it."""
-    known = {seed: {name: json.loads(file.read_text()) for name in ROWS if (file := folder(name, seed) / "score.json").exists()}
-             for seed in (0, 1)}
+    known = {seed: {name: json.loads((folder(name, seed) / "score.json").read_text()) for name in ROWS
+                    if (folder(name, seed) / "score.json").exists()} for seed in (0, 1)}
     text = ["# What each method does", "",
-            "Measured by `python scripts/results.py` on the tiny base: trained from the recipe (with the settings below), sampled with",
-            f"the adapter merged by our own sampler ({COUNT} pictures, {STEPS} steps, guidance {GUIDANCE:g}), read by networks that were",
-            f"trained on fresh drawings. A share of {COUNT} pictures is sure to about ± 10 points. \"Kept\" is 100 % where a prompt is",
-            "followed as well as by the base.", "", *table(known[0]), "",
+            "Measured by `python scripts/results.py` on the tiny base: trained from the recipe (with the settings below), sampled",
+            f"with the adapter merged by our own sampler ({COUNT} pictures, {STEPS} steps, guidance {GUIDANCE:g}), read by networks",
+            f"that were trained on fresh drawings. A share of {COUNT} pictures is sure to about ± 10 points. \"Kept\" is 100 %",
+            "where a prompt is followed as well as by the base.", "", *table(known[0]), "",
             "![the first eight pictures of each row](results.png)", ""]
     text += ["## Settings and remarks", ""]
     for name in known[0]:
@@ -281,7 +286,7 @@ def report() -> str:
         if settings or row.remark:
             text.append(f"- **{name}**: " + " ".join(part for part in (row.remark, settings) if part))
     if known[1]:
-        text += ["", "## Another seed", "", "`python scripts/results.py ROW … --seed 1`: a training with other numbers throughout.", "",
+        text += ["", "## Another seed", "", "`python scripts/results.py ROW … --seed 1`: another training, the same prompts.", "",
                  *table(known[1])]
     strips = [(name, file) for name in known[0] for file in sorted(folder(name, 0).glob("*.strip.png"))]
     sheet = Image.new("RGB", (SHOWN * (world.SIZE + 2), len(strips) * (world.SIZE + 14)), "white")

@@ -26,17 +26,19 @@ def main() -> None:
         """(N, 4, 8, 8), away from the edges."""
         return vae.encode(2 * readers.tensor(pictures) - 1).latent_dist.mode()[..., 4:12, 4:12]
 
-    def cloth(kind: str, flat: bool) -> list[Image.Image]:
+    def cloths(kind: str, flat: bool) -> list[Image.Image]:
         """One in each colour, as `drawings.draw_textured` dyes them."""
         dark = drawings.texture(kind, random.Random(0))
         dark = np.full_like(dark, dark.mean()) if flat else dark
-        return [Image.fromarray((np.array(c) * (1 - 0.62 * dark[..., None])).round().astype(np.uint8)) for c in world.COLOURS.values()]
+        cloth = [np.array(colour) * (1 - 0.62 * dark[..., None]) for colour in world.COLOURS.values()]
+        return [Image.fromarray(c.round().astype(np.uint8)) for c in cloth]
 
     whole = latents([world.draw(world.random_scene(random.Random(f"latents {i}"))) for i in range(64)]).std().item()
     print(f"{'':<8} from flat  inside")
     for kind in drawings.TEXTURES:
-        rough, flat = latents(cloth(kind, False)), latents(cloth(kind, True))
-        print(f"{kind:<8} {(rough - flat).square().mean().sqrt().item() / whole:9.1%} {rough.std((2, 3)).mean().item() / whole:7.1%}")
+        rough, flat = latents(cloths(kind, False)), latents(cloths(kind, True))
+        apart, inside = (rough - flat).square().mean().sqrt().item(), rough.std((2, 3)).mean().item()
+        print(f"{kind:<8} {apart / whole:9.1%} {inside / whole:7.1%}")
 
 
 if __name__ == "__main__":
