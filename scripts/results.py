@@ -194,7 +194,11 @@ def variant(words: str) -> tuple[str, ...]:
             "train.max_steps=600")
 
 
-WUG = f"data.caption.template={json.dumps([form.format(who='a wug creature', ground='{background}') for form in FORMS])}"
+def named(who: str) -> str:
+    """The captions of the subject, with this name."""
+    return f"data.caption.template={json.dumps([form.format(who=who, ground='{background}') for form in FORMS])}"
+
+
 STYLED = {"in style": 0.90, "shape kept": 0.90, "colour kept": 0.90, "background kept": 0.90}
 ROWS = {
     "lora": Row("style", "quickstart", style, STYLED),
@@ -205,12 +209,16 @@ ROWS = {
     "lora + prior": Row("subject", "tiny_subject_dreambooth", subject, {"recognised": 0.80, "class stays plain": 0.90},
                         remark="The base was never taught the word zwx, and its text encoder next to ignores such words. "
                         "Without an article (\"zwx creature\" beside \"a creature\") 8 % were recognised."),
+    "lora + prior, described": Row("subject", "tiny_subject_dreambooth", partial(subject, who="an orange zwx creature"),
+                                   {"recognised": 0.80, "class stays plain": 0.90}, (named("an orange zwx creature"),),
+                                   remark="The same with a word before it that the base knows, in captions and prompts."),
     "lora, no prior": Row("subject", "tiny_subject_dreambooth", subject, {}, ("data.prior=null",)),
     "embedding": Row("thing", "tiny_embedding", thing, {"recognised": 0.50}, most_bytes=10_000),
     "embedding, 8 vectors": Row("thing", "tiny_embedding", thing, {"recognised": 0.50}, ("method.tokens.wug.vectors=8",),
                                 ("embedding",), 10_000),
     "embedding, creature": Row("subject", "tiny_embedding", partial(recognised, who="a wug creature"), {"recognised": 0.50},
-                               ("data.images=datasets/subject", WUG, "method.tokens.wug.init=orange circle"),
+                               ("data.images=datasets/subject", named("a wug creature"),
+                                "method.tokens.wug.init=orange circle"),
                                most_bytes=10_000,
                                remark="A learned word finds what the base is able to draw; it has never seen a creature."),
     "embedding per value": Row("attributes", "tiny_attributes", combined, {"shape and colour right": 0.80}, most_bytes=10_000),
@@ -222,7 +230,7 @@ ROWS = {
     "embedding + lora": Row("subject", "tiny_subject_dreambooth", partial(subject, who="a wug creature"),
                             {"recognised": 0.80, "class stays plain": 0.90},
                             ("method=[{kind: embedding, tokens: {wug: {init: orange circle}}, learning_rate: 2e-2}, "
-                             "{kind: lora, rank: 8, targets: [all, conv]}]", WUG),
+                             "{kind: lora, rank: 8, targets: [all, conv]}]", named("a wug creature")),
                             ("lora + prior", "embedding, creature")),
 }
 
