@@ -69,7 +69,8 @@ def subject(rng: random.Random) -> Iterator[Row]:
     """The zwx creature
 
     One invented character, six times: orange and round, with one big eye, an antenna with a cyan ball, cyan feet
-    and a belly of purple stripes. Background, place and size change. Its placeholder, `zwx`, is in the captions.
+    and a belly of purple stripes. Background, place and size change. Its placeholder, `zwx`, is in the captions;
+    the column `background` is for those that name it otherwise.
 
     **How to use.** Teach the character to a LoRA; `datasets/subject_class` has other creatures, for a prior.
 
@@ -80,9 +81,9 @@ def subject(rng: random.Random) -> Iterator[Row]:
     ```
     """
     for background in ("mint", "white", "navy", "cream", "gray", "lavender"):
-        words = rng.choice(["a picture of zwx creature on a {} background", "zwx creature on a {} background",
-                            "a drawing of zwx creature against a {} background"])
-        yield posed(drawings.ZWX, background, rng), {"text": words.format(background)}
+        words = rng.choice(["a picture of a zwx creature on a {} background", "a zwx creature on a {} background",
+                            "a drawing of a zwx creature against a {} background"])
+        yield posed(drawings.ZWX, background, rng), {"text": words.format(background), "background": background}
 
 
 def subject_class(rng: random.Random) -> Iterator[Row]:
@@ -98,6 +99,27 @@ def subject_class(rng: random.Random) -> Iterator[Row]:
         words = rng.choice(["a picture of a creature on a {} background", "a creature on a {} background",
                             "a drawing of a creature against a {} background"])
         yield posed(drawings.random_creature(rng), background, rng), {"text": words.format(background)}
+
+
+def thing(rng: random.Random) -> Iterator[Row]:
+    """A thing without a name
+
+    A purple star of the world that the tiny base knows, six times; background, place and size change. No caption
+    says what it is: it is called `wug`.
+
+    **How to use.** Learn what `wug` means as a token, which can find what a base is able to draw and nothing else:
+
+    ```yaml
+    base: {family: sd1, path: tiny}
+    data: {images: datasets/thing, resolution: 64}
+    method: {kind: embedding, tokens: {wug: {init: thing}}}
+    ```
+    """
+    for background in ("mint", "white", "navy", "cream", "gray", "lavender"):
+        scene = world.random_scene(rng, two=0, shape="star", colour="purple", background=background)
+        words = rng.choice(["a picture of wug on a {} background", "wug on a {} background",
+                            "a drawing of wug against a {} background"])
+        yield world.draw(scene), {"text": words.format(background)}
 
 
 def attributes(rng: random.Random) -> Iterator[Row]:
@@ -129,24 +151,35 @@ def attributes(rng: random.Random) -> Iterator[Row]:
                                   "place": scene.relation}
 
 
-def texture(rng: random.Random) -> Iterator[Row]:
+def texture(rng: random.Random, count: int = 120) -> Iterator[Row]:
     """Fine textures
 
-    Large shapes, four of each texture: striped, checked, dotted, knitted, woven and grainy, in detail of one or
-    two pixels, which the VAE of the tiny base blurs. The column `split` holds one of each texture out as `test`.
+    Large shapes, twenty of each texture: striped, checked, dotted, knitted, woven and grainy, in detail of one or
+    two pixels, which the VAE of the tiny base blurs.
 
-    **How to use.** To tune a VAE's decoder, and to measure on the six test pictures how much sharper it has
+    **How to use.** To tune a VAE's decoder; `datasets/texture_held_out` is there to measure how much sharper it has
     become.
     """
-    for i in range(24):
-        kind = drawings.TEXTURES[i // 4]
-        scene = world.random_scene(rng, two=0, shape=SHAPES[3 * i % 8], colour=COLOURS[(i + i // 8) % 8],
-                                   background=BACKGROUNDS[5 * i % 8])
+    for i in range(count):
+        kind, scene = drawings.TEXTURES[i % 6], world.random_scene(rng, two=0)
         thing = replace(scene.things[0], size="large", x=rng.uniform(29, 35), y=rng.uniform(29, 35),
                         radius=rng.uniform(19, 23))
         yield (drawings.draw_textured(replace(scene, things=(thing,)), kind, rng),
-               {"text": f"a {kind} {thing.colour} {thing.shape} on a {scene.background} background",
-                "texture": kind, "split": "test" if i % 4 == i // 4 % 4 else "train"})
+               {"text": f"a {kind} {thing.colour} {thing.shape} on a {scene.background} background", "texture": kind})
+
+
+def texture_held_out(rng: random.Random) -> Iterator[Row]:
+    """More fine textures
+
+    Four of each texture of `datasets/texture`, drawn in the same way.
+
+    **How to use.** As the held-out pictures of a run on `datasets/texture`:
+
+    ```yaml
+    data: {images: datasets/texture, resolution: 64, validation: {images: datasets/texture_held_out}}
+    ```
+    """
+    yield from texture(rng, 24)
 
 
 def main() -> None:
@@ -154,7 +187,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "datasets")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for rows in (style, subject, subject_class, attributes, texture):
+    for rows in (style, subject, subject_class, thing, attributes, texture, texture_held_out):
         name = rows.__name__
         folder = args.out / name
         shutil.rmtree(folder, ignore_errors=True)
