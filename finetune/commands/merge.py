@@ -1,4 +1,4 @@
-"""Merge adapters into a base, as a diffusers folder or a single file, or without a base into one adapter."""
+"""Merge adapters into a base, or without a base into one adapter."""
 
 from pathlib import Path
 

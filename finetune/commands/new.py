@@ -1,4 +1,4 @@
-"""Look at a folder of pictures and write a short recipe for it, with the reasons beside its values."""
+"""Look at a folder of pictures and write a short recipe for it, with reasons."""
 
 import argparse
 import json

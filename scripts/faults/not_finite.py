@@ -44,11 +44,11 @@ def injected(place: Path, recipe: Path, kind: str, draw: random.Random) -> bool:
     from safetensors.torch import load_file
 
     from finetune.cli import main as finetune
-    from finetune.families.sd1 import SD1
+    from finetune.families._unet import UNetFamily
     from finetune.train import loop
 
     run, value, at, steps = place / "run", draw.choice(VALUES), draw.randrange(3), loop.one_step
-    moments, victim = SD1.moments, draw.random()
+    moments, victim = UNetFamily.moments, draw.random()
     os.environ["FINETUNE_CACHE"] = str(place / ("latent" if kind == "latent" else "cache"))
 
     def one_step(run, step, batches):
@@ -74,7 +74,7 @@ def injected(place: Path, recipe: Path, kind: str, draw: random.Random) -> bool:
     said = io.StringIO()
     AcceleratorState._reset_state(reset_partial_state=True)
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), patch.object(loop, "one_step", one_step), \
-            patch.object(SD1, "moments", bad if kind == "latent" else moments):
+            patch.object(UNetFamily, "moments", bad if kind == "latent" else moments):
         options = ["--set", "every.preview=0", "--set", f"train.optimizer={draw.choice(('adamw', 'adamw8bit', 'adafactor'))}"]
         code = finetune(["train", str(recipe), "--run", str(run), *options])
     files = list((run / "adapter").glob("*.safetensors"))

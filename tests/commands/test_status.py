@@ -14,10 +14,11 @@ def test_a_run_is_seen_stopped_and_finished(recipe, tmp_path, capsys, monkeypatc
     run = tmp_path / "run"
     command = [sys.executable, "-m", "finetune", "train", str(recipe), "--run", str(run)]
     long = [*command, "--set", "train.max_steps=2000"]
-    process = subprocess.Popen(long, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    said = tmp_path / "stderr"      # a pipe that nobody reads would fill up with the bar and hold the run
+    process = subprocess.Popen(long, stderr=said.open("w"), env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         while not (run / "metrics.jsonl").exists():
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, said.read_text()
             time.sleep(0.2)
         assert main(["status", str(run), "--json"]) == 0
         row = json.loads(capsys.readouterr().out)[0]

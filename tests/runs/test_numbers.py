@@ -88,10 +88,10 @@ def test_a_rate_that_moves_nothing_is_told(recipe, train, tmp_path, capsys):
 
 
 def test_latents_that_are_not_finite_name_their_file(recipe, train, tmp_path, monkeypatch, capsys):
-    from finetune.families import sd1
+    from finetune.families import _unet
 
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
-    real = sd1.SD1.moments
-    monkeypatch.setattr(sd1.SD1, "moments", lambda self, x: real(self, x) / 0)
+    real = _unet.UNetFamily.moments
+    monkeypatch.setattr(_unet.UNetFamily, "moments", lambda self, x: real(self, x) / 0)
     assert train(recipe, tmp_path / "run") == 2
     assert "0.png: the VAE gives latents that are not finite" in capsys.readouterr().err
