@@ -1,4 +1,4 @@
-"""Write a page about one run, or about several side by side: one HTML file that needs no network."""
+"""Write a page about one run, or several side by side: one HTML file, no network."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Prove that an adapter file holds what it should, that diffusers loads just that, and say which tools load it."""
+"""Prove that a file is a sound adapter, for which tools, and what it does to a base."""
 
 from pathlib import Path
 
