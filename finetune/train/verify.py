@@ -24,6 +24,7 @@ from finetune.families import base as families
 from finetune.formats import base as formats
 from finetune.formats import single_file
 from finetune.train.preview import resting
+from finetune.train.sampling import worded
 
 STRENGTHS = (0.5, 1.0)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}   # relative; half formats round every layer
@@ -127,7 +128,10 @@ def states(family, token: str) -> Tensor:
 def by_textual_inversion(path: Path, token: str, family) -> Tensor:
     """The same with the file loaded by diffusers, into tokenizers and tables without learned tokens; of several encoders
     each gets its own tensor by hand, which is how diffusers wants it."""
-    pipeline, spec = family.pipeline(), family.spec
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    pipeline, spec, loader = family.pipeline(), family.spec, TextualInversionLoaderMixin()
+    loader.hf_device_map, loader.components = None, {}      # as of a pipeline: that of SD 3 has no such loader
     plain = family.learned.tokenizers if family.learned else family.tokenizers
     encoders = {part: family.parts[part] for part in tokens.text_parts(family)}
     files = {part: {token: rows} for part, rows in formats.rows(formats.load(path, spec)).items()} if len(encoders) > 1 else {
@@ -138,10 +142,11 @@ def by_textual_inversion(path: Path, token: str, family) -> Tensor:
             encoder.set_input_embeddings(nn.Embedding.from_pretrained(before[part][0].weight.detach().clone()))
             words = copy.deepcopy(plain[part])
             setattr(pipeline, spec.components[part].replace("text_encoder", "tokenizer"), words)
-            pipeline.load_textual_inversion(files[part], token=token, text_encoder=encoder, tokenizer=words)
+            loader.load_textual_inversion(files[part], token=token, text_encoder=encoder, tokenizer=words)
         with resting(family.parts):
-            return pipeline.encode_prompt([prompt.format(token) for prompt in PROMPTS], device=pipeline.device,
-                                          num_images_per_prompt=1, do_classifier_free_guidance=False)[0].float()
+            prompts = worded(pipeline, "prompt", [prompt.format(token) for prompt in PROMPTS])
+            return pipeline.encode_prompt(**prompts, device=pipeline.device, num_images_per_prompt=1,
+                                          do_classifier_free_guidance=False)[0].float()
     finally:
         for part, (table, size) in before.items():
             encoders[part].set_input_embeddings(table)
@@ -189,7 +194,8 @@ def probe(family) -> Tensor:
     denoiser = family.parts["denoiser"]
     side = min(denoiser.config.sample_size, 32)
     x = noise.normal((denoiser.config.in_channels, side, side), 0, [0, 1], "verify").to(denoiser.device)
-    t = torch.tensor([family.path.steps // 10, family.path.steps // 2], device=denoiser.device)
+    t = family.path.time(torch.tensor([0.1, 0.5], dtype=torch.float64), torch.full((2,), (side * family.stride) ** 2))
+    t = family.path.told(t).to(denoiser.device)
     with resting(family.parts):
         return family.denoise(x, t, family.encode_text(["a picture", "a red circle"]), torch.zeros(2, 6, device=x.device))
 
