@@ -33,6 +33,7 @@ SPEC = FamilySpec(
     base_version="sd3",
     architecture="stable-diffusion-3",
     targets={"cross_attention": JOINT, "attention": ATTENTION, "feed_forward": FEED_FORWARD, "all": ATTENTION + FEED_FORWARD},
+    joint=True,
 )
 TOKENIZERS = {"text": "tokenizer", "text_2": "tokenizer_2", "t5": "tokenizer_3"}
 CLIPS, CLIP = ("text", "text_2"), Clip(hidden=-2, pooled=True)

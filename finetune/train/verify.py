@@ -2,7 +2,8 @@
 
 The probe is one call of the denoiser at a fixed latent, text and timestep. `expected` is its output with the adapter at
 strength 0.5 and 1: from the training model at the end of `train`, from our own merge in `finetune verify`. A LoRA is loaded
-by diffusers; other kinds, which diffusers does not load, are merged by ourselves and held against the training model.
+by diffusers; what diffusers does not load, other kinds and SD 3's original names, is merged by ourselves and held against the
+training model.
 Of a VAE the probe is a picture drawn from a fixed latent, and a whole model is loaded again as a base. Of a learned token it
 is what the text encoder makes of prompts with it; diffusers loads the file into an encoder that never saw the token.
 """
@@ -22,7 +23,7 @@ from finetune.change import core
 from finetune.diffusion import noise
 from finetune.families import base as families
 from finetune.formats import base as formats
-from finetune.formats import single_file
+from finetune.formats import kohya, single_file
 from finetune.train.preview import resting
 from finetune.train.sampling import worded
 
@@ -56,7 +57,7 @@ def verify(path: Path, family, expected: dict[float, Tensor] | None = None) -> l
     if said := artifact.metadata.get("finetune.extracted"):     # it is not all of what was trained
         checks.append(Check("extracted", True, said))
         expected = None
-    if artifact.kind == "lora":
+    if artifact.kind == "lora" and not (family.spec.joint and kohya.reads(read_header(path))):
         expected = expected or {s: merged(family, artifact, s) for s in STRENGTHS}
         with warnings.catch_warnings():     # peft remarks that the file comes beside what was trained, and goes again
             warnings.simplefilter("ignore")
