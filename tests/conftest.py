@@ -121,6 +121,7 @@ def build_member(name: str, folder: Path) -> Path:
         made |= {part: getattr(transformers, parts[part]["architectures"][0])(config), tokenizer(part): tokens}
     extra = {key: value for key, value in parts["model_index"].items() if key.startswith("force")}
     if denoiser == "transformer":       # one member has a T5, the other has not
+        torch.nn.init.eye_(made["text_encoder"].text_projection.weight)     # as published: single files have no place for it
         extra = t5(parts["text_encoder_3"], both) if name == "sd35-medium" else {"text_encoder_3": None, "tokenizer_3": None}
     elif "text_encoder_2" not in encoders:
         extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -11,11 +11,11 @@ from finetune import registry
 from finetune.cli import main
 from finetune.families.base import TINY, kind_of, locate
 
-LORA = "{kind: lora, rank: 2, alpha: 3, targets: [all, conv], text: {targets: [all]}}"
+LORA = "{kind: lora, rank: 2, alpha: 3, targets: [%s], text: {targets: [all]}}"
 EMBEDDING = "{kind: embedding, tokens: {zkw-cat: {init: a red circle, vectors: 2}}}"
 
 
-@pytest.fixture(params=["sd21", "sdxl"])
+@pytest.fixture(params=["sd21", "sdxl", "sd35-medium"])
 def base(request, member):
     return str(member(request.param))
 
@@ -45,21 +45,26 @@ def passed(run) -> dict[str, list[str]]:
     return {name: [check["name"] for check in checks] for name, checks in found.items()}
 
 
+@pytest.mark.parametrize("base", ["sd21", "sdxl", "sd35-medium", "sd3-medium"], indirect=True)     # the last has no T5
 def test_a_lora_of_all_parts_is_written_proven_resumed_sampled_and_merged(write, train, tmp_path, base, capsys):
-    recipe = write(LORA, more="export: [kohya, diffusers]")
-    assert train(recipe, tmp_path / "run") == 0
     family = kind_of(locate(base))
+    recipe = write(LORA % ("all" if family == "sd3" else "all, conv"), more="export: [kohya, diffusers]")
+    assert train(recipe, tmp_path / "run") == 0
     checks = passed(tmp_path / "run")
-    assert len(checks) == 2 and all("diffusers at strength 0.5" in names for names in checks.values())
+    assert len(checks) == 2 and "diffusers at strength 0.5" in checks["small.diffusers.safetensors"]
+    assert ("merged by finetune at 0.5" if family == "sd3" else "diffusers at strength 0.5") in checks["small.safetensors"]
     kohya, plain = (tmp_path / "run" / "adapter" / name for name in ("small.safetensors", "small.diffusers.safetensors"))
     names = {name.partition(".")[0] for name in load_file(kohya)}
     if family == "sdxl":
         assert {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", "lora_unet_output_blocks_2_2_conv",
                 "lora_te1_text_model_encoder_layers_2_mlp_fc1", "lora_te2_text_model_encoder_layers_2_mlp_fc1"} <= names
+    elif family == "sd3":
+        assert {"lora_unet_joint_blocks_1_x_block_mlp_fc1", "lora_unet_joint_blocks_2_context_block_attn_qkv",
+                "lora_te1_text_model_encoder_layers_2_mlp_fc1", "lora_te2_text_model_encoder_layers_2_mlp_fc1"} <= names
     else:
         assert {"lora_unet_down_blocks_0_attentions_0_proj_in", "lora_te_text_model_encoder_layers_2_mlp_fc1"} <= names
     header = capsys.readouterr().err
-    assert f"({family}, {'v_prediction' if family == 'sd2' else 'epsilon'}, float32)" in header
+    assert f"({family}, {({'sd2': 'v_prediction', 'sd3': 'flow'}).get(family, 'epsilon')}, float32)" in header
 
     # cut after one step and taken up again: the same file
     (tmp_path / "cut").mkdir()
@@ -92,20 +97,22 @@ def test_learned_tokens_are_in_every_encoder(write, train, tmp_path, base):
     assert "prompts in diffusers" in passed(tmp_path / "run")["zkw-cat.safetensors"]
     found = {name: tuple(t.shape) for name, t in load_file(tmp_path / "run" / "adapter" / "zkw-cat.safetensors").items()}
     family = kind_of(locate(base))
-    assert found == ({"clip_l": (2, 32), "clip_g": (2, 64)} if family == "sdxl" else {"emb_params": (2, 32)})
+    assert found == ({"clip_l": (2, 32), "clip_g": (2, 64)} if family in ("sdxl", "sd3") else {"emb_params": (2, 32)})
     assert main(["sample", "--base", base, "--family", family, "--adapter", str(tmp_path / "run" / "adapter" / "zkw-cat.safetensors"),
                  "--prompt", "a zkw-cat on white", "--steps", "1", "--size", "64x64", "--out", str(tmp_path / "out")]) == 0
 
 
-def test_a_full_fine_tune_with_class_pictures_and_long_captions(write, train, tmp_path):
-    recipe = write("{kind: full, targets: [cross_attention], text: {}}", more="export: [diffusers]")
-    words = ["--set", "data.prior={prompt: a circle, count: 2, steps: 1}", "--set", "data.caption.long=chunk",
+def test_a_full_fine_tune_with_class_pictures_and_long_captions(write, train, tmp_path, base):
+    recipe = write("{kind: full, targets: [cross_attention], text: {}}", more="export: [diffusers, single_file]")
+    flow = kind_of(locate(base)) == "sd3"
+    words = ["--set", "data.prior={prompt: a circle, count: 2, steps: 1}",
+             "--set", f"data.caption.long={'truncate' if flow else 'chunk'}",
              "--set", f"data.caption.template='{{text}} {'red blue ' * 50}'"]
     assert train(recipe, tmp_path / "run", *words) == 0
-    assert passed(tmp_path / "run") == {"small": ["loaded again as a base"]}
+    assert passed(tmp_path / "run") == dict.fromkeys(["small", "small.safetensors"], ["loaded again as a base"])
     model = tmp_path / "run" / "adapter" / "small"
-    assert {p.name for p in model.iterdir()} >= {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
-    for encoder in model.glob("text_encoder*"):
+    assert {p.name for p in model.iterdir()} >= {"transformer" if flow else "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    for encoder in (folder for folder in model.glob("text_encoder*") if folder.name != "text_encoder_3"):
         assert {name.partition(".")[0] for name in load_file(encoder / "model.safetensors")} <= {"text_model", "text_projection"}
         assert (model / encoder.name.replace("text_encoder", "tokenizer") / "merges.txt").is_file()
 
@@ -115,7 +122,7 @@ def test_a_vae_decoder(write, train, tmp_path):
     assert len(passed(tmp_path / "run")) == 2
 
 
-@pytest.mark.parametrize("word", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("word", ["sd1", "sd2", "sdxl", "sd3"])
 def test_a_wrong_family_is_told_the_right_one(word, base, write, train, tmp_path, capsys):
     right = kind_of(locate(base))
     if word != right:
