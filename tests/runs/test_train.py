@@ -103,13 +103,13 @@ def test_two_processes_train_the_same_as_one(recipe, train, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_shipped_recipe_trains_two_steps(path, train, tmp_path, pictures):
+def test_every_shipped_recipe_trains_two_steps(path, train, tmp_path, pictures, member):
     from finetune.recipe import load
 
     first = path.read_text().splitlines()[0]
     assert first.startswith(f"# accelerate launch -m finetune train recipes/{path.name}")
-    load(path)
-    small = settings(base__path="tiny", base__variant="null", data__images=pictures, data__resolution=64,
+    base = {"sd1": lambda: "tiny", "sd3": lambda: member("sd3-medium")}[load(path).recipe.base.family]()
+    small = settings(base__path=base, base__variant="null", data__images=pictures, data__resolution=64,
                      train__max_steps=2, train__warmup_steps=0, train__batch_size=1, every__preview=0)
     assert train(path, tmp_path / "run", *small) == 0
     adapter = tmp_path / "run" / "adapter" / f"{path.stem}.safetensors"
