@@ -102,9 +102,10 @@ def build_member(name: str, folder: Path) -> Path:
                           "cross_attention_dim": sum(widths[part] for part in encoders)}
     else:
         both = sum(widths.values())
-        parts["transformer"] |= {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16, "caption_projection_dim": 32,
-                                 "joint_attention_dim": both, "pooled_projection_dim": both, "sample_size": 8,
-                                 "pos_embed_max_size": 16, "dual_attention_layers": (0,) if name == "sd35-medium" else ()}
+        parts["transformer"] |= {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16,
+                                 "caption_projection_dim": 32, "joint_attention_dim": both, "pooled_projection_dim": both,
+                                 "sample_size": 8, "pos_embed_max_size": 16,
+                                 "dual_attention_layers": (0,) if name == "sd35-medium" else ()}
     if name == "sdxl":
         parts["unet"] |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 64,
                           "transformer_layers_per_block": [1, 1, 2]}

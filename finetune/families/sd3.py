@@ -28,7 +28,8 @@ ATTENTION = ("*.attn*.to_q", "*.attn*.to_k", "*.attn*.to_v", "*.attn*.to_out.0")
 FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2", "*.ff_context.net.0.proj", "*.ff_context.net.2")
 SPEC = FamilySpec(
     name="sd3",
-    components={"denoiser": "transformer", "text": "text_encoder", "text_2": "text_encoder_2", "t5": "text_encoder_3", "vae": "vae"},
+    components={"denoiser": "transformer", "text": "text_encoder", "text_2": "text_encoder_2", "t5": "text_encoder_3",
+                "vae": "vae"},
     kohya={"denoiser": "lora_unet", "text": "lora_te1", "text_2": "lora_te2"},
     base_version="sd3",
     architecture="stable-diffusion-3",
@@ -92,15 +93,15 @@ class Sd3:
         return "" if self.long == "truncate" else self.cut_prompt(caption)
 
     def cut_prompt(self, prompt: str) -> str:
-        """The end that no encoder reads. Where there is a T5, the CLIPs take the beginning of a longer text, as in diffusers."""
+        """The end that no encoder reads. Where there is a T5, the CLIPs take the beginning alone, as in diffusers."""
         if "t5" not in self.tokenizers:
             return self.tokenizers["text"].decode(self.pieces(prompt)[1])
         words = self.tokenizers["t5"]
         return words.decode(words(prompt, add_special_tokens=False, verbose=False).input_ids[LENGTH - 1:])
 
     def encode_text(self, captions: list[str]) -> Conditioning:
-        """(B, L, D) float32, the CLIPs' last states but one side by side and then T5's, and (B, P), as StableDiffusion3Pipeline
-        has them.
+        """(B, L, D) float32, the CLIPs' last states but one side by side and then T5's, and (B, P), as diffusers'
+        StableDiffusion3Pipeline has them.
 
         Raises FinetuneError for a caption that would be cut, unless `long: truncate` orders it."""
         for caption in captions:
@@ -113,7 +114,8 @@ class Sd3:
                             torch.cat([pooled for _, pooled in found], -1))
 
     def read(self, captions: list[str]) -> Tensor:
-        """T5's states, (B, 256, D) float32. Without it zeros, which the network was trained with too (Esser et al. 2024, §5.1)."""
+        """T5's states, (B, 256, D) float32. Without it zeros, as in diffusers: the network was trained with each encoder left
+        out now and then (Esser et al. 2024)."""
         denoiser = self.parts["denoiser"]
         if "t5" not in self.parts:
             return torch.zeros(len(captions), LENGTH, denoiser.config.joint_attention_dim, device=denoiser.device)
@@ -139,7 +141,8 @@ class Sd3:
         components |= {SPEC.components[part]: module for part, module in self.parts.items()}
         components |= {TOKENIZERS[part]: words for part, words in self.tokenizers.items()}
         # A scheduler of its own: sampling rewrites its tables.
-        return diffusers.StableDiffusion3Pipeline(**components, scheduler=type(self.scheduler).from_config(self.scheduler.config))
+        components["scheduler"] = type(self.scheduler).from_config(self.scheduler.config)
+        return diffusers.StableDiffusion3Pipeline(**components)
 
     def save(self, folder: Folder, dtype: torch.dtype) -> None:
         """A diffusers folder with the weights in `dtype`, under the published names."""
@@ -148,7 +151,7 @@ class Sd3:
         self.pipeline().save_pretrained(folder)
         for part in CLIPS:
             publish_text_encoder(folder / SPEC.components[part])
-            self.tokenizers[part].backend_tokenizer.model.save(str(folder / TOKENIZERS[part]))      # vocab.json, merges.txt
+            self.tokenizers[part].backend_tokenizer.model.save(str(folder / TOKENIZERS[part]))  # vocab.json, merges.txt
 
 
 def noising(config) -> RectifiedFlow:

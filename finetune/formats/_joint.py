@@ -24,7 +24,8 @@ PLACES: dict[str, list[str]] = {}   # their layer, the number of the block N -> 
 for _ours, _theirs in (MMDIT | {"context_embedder.": "context_embedder."}).items():
     PLACES[_theirs.rstrip(".").replace(".", "_")] = [_ours.rstrip(".")]
 for _ours, _theirs in (JOINT | JOINT_FUSED).items():
-    PLACES.setdefault("joint_blocks_N_" + _theirs.rstrip(".").replace(".", "_"), []).append(f"transformer_blocks.N.{_ours}".rstrip("."))
+    _theirs = "joint_blocks_N_" + _theirs.rstrip(".").replace(".", "_")
+    PLACES.setdefault(_theirs, []).append(f"transformer_blocks.N.{_ours}".rstrip("."))
 FOUND = {ours: theirs for theirs, several in PLACES.items() for ours in several}
 
 
@@ -99,7 +100,8 @@ def _apart(down: Tensor, up: Tensor, alpha: Tensor | None) -> list[tuple[Tensor,
     if len(down) % 3 == 0 and up.shape[1] == len(down) and len(up) % 3 == 0:
         blocks = [row.chunk(3, 1)[i] for i, row in enumerate(rows)]
         if torch.equal(torch.block_diag(*blocks), up):
-            return [(a, b, alpha if alpha is None else alpha / 3) if a.any() else None for a, b in zip(down.chunk(3), blocks)]
+            own = alpha if alpha is None else alpha / 3
+            return [(a, b, own) if a.any() else None for a, b in zip(down.chunk(3), blocks)]
     return [(down, row, alpha) for row in rows]
 
 

@@ -120,8 +120,8 @@ class Recipe(BaseModel):
     """How often something is done beside training."""
     export: Annotated[Some[Annotated[str, registered("formats")]], AfterValidator(different)] = Field(
         default_factory=_export)
-    """Formats that the result is written in, such as [kohya, diffusers]. Left out it is kohya, which most tools read; diffusers
-    for the method full, whose result is a diffusers folder, and for a LoRA of sd3, of which no tool reads every form."""
+    """Formats that the result is written in, such as [kohya, diffusers]. Left out it is kohya, which most tools read; for the
+    method full, whose result is a diffusers folder, and for a LoRA of sd3, which has no form that all tools read, diffusers."""
 
     @field_validator("method")
     @classmethod

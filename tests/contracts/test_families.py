@@ -52,7 +52,8 @@ def draw(family, batch, stream, size):
 def told(family, prompts):
     """What the pipeline makes of prompts, and of no negative prompt."""
     more = {"prompt_2": None, "prompt_3": None} if family.spec.name == "sd3" else {}
-    found = family.pipeline().encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True, **more)
+    found = family.pipeline().encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True,
+                                            **more)
     return (Conditioning(found[0], *found[2:3]), Conditioning(found[1], *found[3:])) if len(found) == 4 else map(Conditioning, found)
 
 

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 
 from finetune import registry
 from finetune.cli import main
+from finetune.families import _single
 from finetune.families.base import TINY, kind_of, locate
+from finetune.formats import single_file
 
 LORA = "{kind: lora, rank: 2, alpha: 3, targets: [%s], text: {targets: [all]}}"
 EMBEDDING = "{kind: embedding, tokens: {zkw-cat: {init: a red circle, vectors: 2}}}"
@@ -97,7 +99,8 @@ def test_learned_tokens_are_in_every_encoder(write, train, tmp_path, base):
     assert "prompts in diffusers" in passed(tmp_path / "run")["zkw-cat.safetensors"]
     found = {name: tuple(t.shape) for name, t in load_file(tmp_path / "run" / "adapter" / "zkw-cat.safetensors").items()}
     family = kind_of(locate(base))
-    assert found == ({"clip_l": (2, 32), "clip_g": (2, 64)} if family in ("sdxl", "sd3") else {"emb_params": (2, 32)})
+    both = family in ("sdxl", "sd3")
+    assert found == ({"clip_l": (2, 32), "clip_g": (2, 64)} if both else {"emb_params": (2, 32)})
     assert main(["sample", "--base", base, "--family", family, "--adapter", str(tmp_path / "run" / "adapter" / "zkw-cat.safetensors"),
                  "--prompt", "a zkw-cat on white", "--steps", "1", "--size", "64x64", "--out", str(tmp_path / "out")]) == 0
 
@@ -111,10 +114,35 @@ def test_a_full_fine_tune_with_class_pictures_and_long_captions(write, train, tm
     assert train(recipe, tmp_path / "run", *words) == 0
     assert passed(tmp_path / "run") == dict.fromkeys(["small", "small.safetensors"], ["loaded again as a base"])
     model = tmp_path / "run" / "adapter" / "small"
-    assert {p.name for p in model.iterdir()} >= {"transformer" if flow else "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    wanted = {"transformer" if flow else "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    assert {p.name for p in model.iterdir()} >= wanted
     for encoder in (folder for folder in model.glob("text_encoder*") if folder.name != "text_encoder_3"):
         assert {name.partition(".")[0] for name in load_file(encoder / "model.safetensors")} <= {"text_model", "text_projection"}
         assert (model / encoder.name.replace("text_encoder", "tokenizer") / "merges.txt").is_file()
+
+
+@pytest.mark.parametrize("base", ["sd35-medium"], indirect=True)
+def test_sd3_from_a_single_file_and_its_patches(member, write, train, tmp_path, monkeypatch, capsys):
+    """Its T5 has no vocabulary in such a file, so it is left out; sides have to be whole patches."""
+    base, sd3 = member("sd35-medium"), registry.find("families", "sd3")
+    family, file = sd3.load(str(base)), tmp_path / "whole.safetensors"
+    single_file.write(family, file, torch.float32, {})
+    own = {path.parent.name: json.loads(path.read_text()) for path in base.glob("*/config.json")}
+    shipped = _single.configs
+    monkeypatch.setattr(_single, "configs", lambda known: shipped(known) | own)
+    again = sd3.load(str(file))
+    assert family.parts.keys() - again.parts.keys() == {"t5"} and again.tokenizers.keys() == {"text", "text_2"}
+    for part, module in again.parts.items():
+        state = module.state_dict()
+        assert all(torch.equal(state[name], t) for name, t in family.parts[part].state_dict().items())
+    assert (again.stride, again.step, again.path) == (8, 16, family.path)
+    monkeypatch.undo()
+    for side, code in ((64, 0), (72, 2)):
+        assert main(["sample", "--base", str(base), "--family", "sd3", "--prompt", "x", "--steps", "1", "--size", f"64x{side}",
+                     "--out", str(tmp_path / str(side))]) == code
+    recipe = write("{kind: lora}")
+    assert train(recipe, tmp_path / "run", "--set", f"base={{family: sd3, path: {base}}}", "--set", "data.resolution=72") == 2
+    assert "72 is not a multiple of 16" in capsys.readouterr().err
 
 
 def test_a_vae_decoder(write, train, tmp_path):

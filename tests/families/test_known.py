@@ -67,7 +67,8 @@ def test_every_layer_of_sd3_has_its_place_in_the_original(known):
     ours = paths(made, "denoiser", registry.find("families", "sd3").SPEC, ["all"])
     file = _joint.fused(dict.fromkeys(ours, lora))
     stems = {key.partition(".")[0].removeprefix("lora_unet_") for key in file}
-    weights = {row.theirs.removesuffix(".weight").replace(".", "_") for row in _original.rows("mmdit", made["denoiser"].state_dict())}
+    rows = _original.rows("mmdit", made["denoiser"].state_dict())
+    weights = {row.theirs.removesuffix(".weight").replace(".", "_") for row in rows}
     assert len(stems) == FUSED[name] and stems <= weights
     everything = [path for path, m in made["denoiser"].named_modules() if isinstance(m, torch.nn.Linear)]
     assert len(_joint.fused(dict.fromkeys(everything, lora))) > len(file)

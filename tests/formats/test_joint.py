@@ -18,9 +18,9 @@ WIDTH = 12
 @pytest.fixture(scope="module")
 def layers() -> dict[str, tuple[int, int]]:
     """Every linear layer of an MM-DiT with both kinds of attention -> its shape."""
-    model = SD3Transformer2DModel(sample_size=8, num_layers=3, attention_head_dim=6, num_attention_heads=2, joint_attention_dim=10,
-                                  caption_projection_dim=WIDTH, pooled_projection_dim=8, pos_embed_max_size=8,
-                                  dual_attention_layers=(0,), qk_norm="rms_norm")
+    model = SD3Transformer2DModel(sample_size=8, num_layers=3, attention_head_dim=6, num_attention_heads=2,
+                                  joint_attention_dim=10, caption_projection_dim=WIDTH, pooled_projection_dim=8,
+                                  pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm")
     return {name: tuple(m.weight.shape) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
 
 
@@ -32,7 +32,8 @@ def adapter(layers, alpha=1.7, dtype=torch.float32, rank=2, kind="lora"):
             tensors[f"denoiser.{path}.diff"] = torch.randn(rows, columns)
             continue
         tensors |= {f"denoiser.{path}.lora_A": torch.randn(rank, columns).to(dtype),
-                    f"denoiser.{path}.lora_B": torch.randn(rows, rank).to(dtype), f"denoiser.{path}.alpha": torch.tensor(alpha)}
+                    f"denoiser.{path}.lora_B": torch.randn(rows, rank).to(dtype),
+                    f"denoiser.{path}.alpha": torch.tensor(alpha)}
     return Artifact(kind, "sd3", tensors, {})
 
 
@@ -70,8 +71,9 @@ def test_the_file_holds_the_same_change_under_the_original_names(layers):
 @pytest.mark.parametrize("rank, alpha", [(4, 2.0), (3, 1.0), (6, None)])
 def test_a_fused_lora_of_others_is_taken_apart_exactly(rank, alpha):
     down, up = torch.randn(rank, WIDTH), torch.randn(3 * WIDTH, rank)
-    tensors = {f"lora_unet_joint_blocks_11_context_block_attn_qkv.{role}": t for role, t in (
-        ("lora_down.weight", down), ("lora_up.weight", up), ("alpha", None if alpha is None else torch.tensor(alpha))) if t is not None}
+    name = "lora_unet_joint_blocks_11_context_block_attn_qkv"
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    tensors |= {} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}
     found = modules(kohya.decode(tensors, {}, SPEC).tensors)
     paths = [f"transformer_blocks.11.attn.add_{letter}_proj" for letter in "qkv"]
     assert [path for _, path in found] == sorted(paths)
