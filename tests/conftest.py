@@ -93,32 +93,56 @@ def build_member(name: str, folder: Path) -> Path:
     tiny = ROOT / "finetune" / "assets" / "tiny" / "tokenizer"
     widths = {"text_encoder": 32, "text_encoder_2": 64}
     encoders = [part for part in parts if part in widths]
-    blocks = len(parts["unet"]["block_out_channels"])
-    heads = parts["unet"]["attention_head_dim"]
-    parts["unet"] |= {"block_out_channels": [32, 32, 64, 64][-blocks:], "norm_num_groups": 8, "sample_size": 8,
-                      "attention_head_dim": [2, 2, 4, 4][-blocks:] if isinstance(heads, list) else heads,
-                      "cross_attention_dim": sum(widths[part] for part in encoders)}
-    if "text_encoder_2" in encoders:
+    denoiser = "unet" if "unet" in parts else "transformer"
+    if denoiser == "unet":
+        blocks = len(parts["unet"]["block_out_channels"])
+        heads = parts["unet"]["attention_head_dim"]
+        parts["unet"] |= {"block_out_channels": [32, 32, 64, 64][-blocks:], "norm_num_groups": 8, "sample_size": 8,
+                          "attention_head_dim": [2, 2, 4, 4][-blocks:] if isinstance(heads, list) else heads,
+                          "cross_attention_dim": sum(widths[part] for part in encoders)}
+    else:
+        both = sum(widths.values())
+        parts["transformer"] |= {"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 16,
+                                 "caption_projection_dim": 32, "joint_attention_dim": both, "pooled_projection_dim": both,
+                                 "sample_size": 8, "pos_embed_max_size": 16,
+                                 "dual_attention_layers": (0,) if name == "sd35-medium" else ()}
+    if name == "sdxl":
         parts["unet"] |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 64,
                           "transformer_layers_per_block": [1, 1, 2]}
     parts["vae"] |= {"block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8, "sample_size": 64}
     torch.manual_seed(0)
-    made = {"unet": diffusers.UNet2DConditionModel.from_config(parts["unet"]),
+    made = {denoiser: getattr(diffusers, parts["model_index"][denoiser][1]).from_config(parts[denoiser]),
             "vae": diffusers.AutoencoderKL.from_config(parts["vae"]),
             "scheduler": getattr(diffusers, parts["scheduler"]["_class_name"]).from_config(parts["scheduler"])}
     for part in encoders:
         tokens = transformers.CLIPTokenizer.from_pretrained(tiny, pad_token=parts[tokenizer(part)]["pad_token"])
         config = transformers.CLIPTextConfig(**parts[part] | {
             "hidden_size": widths[part], "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3,
-            "projection_dim": 64, "vocab_size": len(tokens), "bos_token_id": tokens.bos_token_id})
+            "projection_dim": widths[part], "vocab_size": len(tokens), "bos_token_id": tokens.bos_token_id})
         made |= {part: getattr(transformers, parts[part]["architectures"][0])(config), tokenizer(part): tokens}
     extra = {key: value for key, value in parts["model_index"].items() if key.startswith("force")}
-    if "text_encoder_2" not in encoders:
+    if denoiser == "transformer":       # one member has a T5, the other has not
+        torch.nn.init.eye_(made["text_encoder"].text_projection.weight)     # as published: single files have no place for it
+        extra = t5(parts["text_encoder_3"], both) if name == "sd35-medium" else {"text_encoder_3": None, "tokenizer_3": None}
+    elif "text_encoder_2" not in encoders:
         extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     getattr(diffusers, parts["model_index"]["_class_name"])(**made, **extra).save_pretrained(folder)
     for part in encoders:
         publish_text_encoder(folder / part)
     return folder
+
+
+def t5(config: dict, width: int) -> dict:
+    """A T5 that knows the letters and a few words, in train mode, where two encodings of a text differ."""
+    import transformers
+
+    words = [f"▁{word}" for word in ("a", "red", "blue", "green", "circle", "on", "white")]
+    pieces = ["▁", *words, *(chr(i) for i in range(33, 127))]
+    tokens = transformers.T5Tokenizer(extra_ids=0, vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0),
+                                                          *((piece, -1.0 * len(piece) ** -1) for piece in pieces)])
+    config = transformers.T5Config(**config | {"d_model": width, "d_ff": 32, "d_kv": 8, "num_heads": 2, "num_layers": 2,
+                                               "vocab_size": 128})
+    return {"text_encoder_3": transformers.T5EncoderModel(config), "tokenizer_3": tokens}
 
 
 def tokenizer(part: str) -> str:

@@ -25,7 +25,7 @@ BASES = {
     "sd15": Known("sd1", "stable-diffusion-v1-5/stable-diffusion-v1-5", 512, 1e-4, 0.9, 2.2),
     "sd21": Known("sd2", "stabilityai/stable-diffusion-2-1", 768, 1e-4, 1.8, 2.6),
     "sdxl": Known("sdxl", "stabilityai/stable-diffusion-xl-base-1.0", 1024, 1e-4, 2.2, 5.5),
-    "sd3": Known("sd3", "stabilityai/stable-diffusion-3.5-medium", 1024, 1e-4, 3.0, 6.5),
+    "sd3": Known("sd3", "stabilityai/stable-diffusion-3.5-medium", 1024, 1e-4, 3.0, 16.3)     # 9.5 of T5,
 }
 SEEN = 100              # times that a picture is seen in a run, as long as MOST allows it
 LEAST, MOST = 300, 3000     # steps

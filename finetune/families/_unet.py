@@ -14,7 +14,7 @@ from finetune import registry
 from finetune.batch import Conditioning, joined
 from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
-from finetune.families import _clip
+from finetune.families import _clip, _latents
 from finetune.families.base import FamilySpec, Source, check_family, locate, publish_text_encoder, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
@@ -49,7 +49,12 @@ class UNetFamily:
     @cached_property
     def stride(self) -> int:
         """Pixels per latent, along each axis."""
-        return 2 ** (len(self.source.config("vae").get("block_out_channels", [64])) - 1)
+        return _latents.stride(self.source.config("vae"))
+
+    @property
+    def step(self) -> int:
+        """What the sides of a picture have to be multiples of."""
+        return self.stride
 
     @property
     def zeros(self) -> bool:
@@ -62,24 +67,14 @@ class UNetFamily:
         unet, vae = self.source.config("unet"), self.source.config("vae")
         return unet.get("in_channels", 4) > vae.get("latent_channels", 4)
 
-    @torch.no_grad()
     def moments(self, pixels_B3HW: Tensor) -> Tensor:
-        """Mean and log-variance of the VAE's posterior, (B, 2C, h, w) float32; the same inside the loop as before it."""
-        vae = self.parts["vae"]
-        with torch.autocast(vae.device.type, enabled=False):
-            posterior = vae.encode(pixels_B3HW.to(vae.device, vae.dtype)).latent_dist
-        return torch.cat([posterior.mean, posterior.logvar], 1).float()
+        return _latents.moments(self.parts["vae"], pixels_B3HW)
 
     def latents(self, moments: Tensor, noise_BChw: Tensor) -> Tensor:
-        """A sample of the posterior as the denoiser wants it, (B, C, h, w); `noise` is standard normal."""
-        mean, logvar = moments.chunk(2, 1)
-        return (mean + (0.5 * logvar).exp() * noise_BChw) * self.parts["vae"].config.scaling_factor
+        return _latents.sample(self.parts["vae"], moments, noise_BChw)
 
-    @torch.no_grad()
     def decode_latents(self, latents_BChw: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W), about [-1, 1]."""
-        vae = self.parts["vae"]
-        return vae.decode(latents_BChw.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float()
+        return _latents.decode(self.parts["vae"], latents_BChw)
 
     def pieces(self, caption: str) -> tuple[list[list[int]], list[int]]:
         """The caption's tokens in pieces that the text encoders can take, and those that would be lost unordered. The

@@ -37,6 +37,7 @@ class FamilySpec:
     architecture: str                       # modelspec.architecture: "stable-diffusion-v1"
     targets: dict[str, tuple[str, ...]]     # a group of LoRA targets -> patterns of the denoiser's module paths
     sgm: bool = False                       # whether kohya's files have the names of the code that the family came with
+    joint: bool = False                     # the same of SD 3, where q, k and v are one layer; diffusers does not read them
 
 
 CLIP_ATTENTION = ("*.self_attn.q_proj", "*.self_attn.k_proj", "*.self_attn.v_proj", "*.self_attn.out_proj")

@@ -197,7 +197,7 @@ _KINDS = (
     (r"^(text_model\.)?encoder\.layers\.\d+\.self_attn\.", "text encoder", "transformers"),
 )
 _PARTS = {
-    "lora_unet": "denoiser", "unet": "denoiser", "transformer": "denoiser",
+    "lora_unet": "denoiser", "unet": "denoiser", "transformer": "denoiser", "lora_transformer": "denoiser",
     "lora_te": "text", "lora_te1": "text", "text_encoder": "text",
     "lora_te2": "text_2", "text_encoder_2": "text_2",
 }
@@ -259,6 +259,8 @@ def _family(header: Header) -> str | None:
     said = header.metadata
     if "finetune.family" in said:
         return said["finetune.family"]
+    if any("joint_blocks_" in name for name in header.tensors):
+        return "sd3"
     version = said.get("ss_base_model_version") or said.get("modelspec.architecture") or ""
     known = next((family for start, family in _FAMILY_OF_VERSION.items() if version.startswith(start)), None)
     return known or _family_of_shapes(header)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune.artifact import Artifact, Header, fold_alpha, modules, published
 from finetune.families._vae import from_ldm, is_vae
-from finetune.formats import _tokens
+from finetune.formats import _joint, _tokens
 from finetune.formats._modules import KINDS as _KINDS
 from finetune.formats._modules import ROLES
 from finetune.formats._sgm import from_sgm, to_sgm
@@ -26,12 +26,14 @@ SUFFIXES = {role: role for role in ROLES} | {"lora_down.weight": "lora_A", "lora
 WRITTEN = {role: suffix for suffix, role in SUFFIXES.items()}
 
 # A kohya file does not say which of its underscores were dots: these are the names between the dots, in the
-# UNets of diffusers and in CLIP's text models, and for SDXL also those of SGM.
+# UNets and the MM-DiT of diffusers and in CLIP's text models, and for SDXL also those of SGM.
 SEGMENTS = """
     down_blocks mid_block up_blocks attentions resnets downsamplers upsamplers transformer_blocks
     attn1 attn2 to_q to_k to_v to_out ff net proj proj_in proj_out
     conv conv1 conv2 conv_in conv_out conv_shortcut time_emb_proj
     time_embedding add_embedding class_embedding linear_1 linear_2
+    attn add_q_proj add_k_proj add_v_proj to_add_out ff_context norm1 norm1_context norm_out linear
+    pos_embed context_embedder time_text_embed timestep_embedder text_embedder
     text_model encoder layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2 text_projection
 """.split()
 SGM = "input_blocks middle_block output_blocks time_embed label_emb out in_layers emb_layers out_layers skip_connection op".split()
@@ -40,7 +42,7 @@ SEGMENT = {sgm: rf"(?:{'|'.join(sorted(SEGMENTS + SGM * sgm, key=len, reverse=Tr
 
 def reads(header: Header) -> bool:
     """True for a header with the names of sd-scripts or LyCORIS, a VAE's in the way of LDM, or a token without its name."""
-    found = (re.fullmatch(r"lora_(?:unet|te\d?)_[^.]*\.(.*)", name) for name in header.tensors)
+    found = (re.fullmatch(r"lora_(?:unet|transformer|te\d?)_[^.]*\.(.*)", name) for name in header.tensors)
     return any(name and name[1] in SUFFIXES for name in found) or is_vae(header.tensors, ldm=True) or \
         _tokens.is_bare(header.tensors)
 
@@ -53,6 +55,8 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: Fam
         return _tokens.decode(tensors, metadata, spec)
     # Some trainers use SDXL's prefix for the one text encoder of SD 1.
     prefixes = {prefix: part for part, prefix in spec.kohya.items()} | {"lora_te1": "text"}
+    if spec.joint:
+        tensors, prefixes = _joint.split(tensors), prefixes | {_joint.PLAIN.rstrip("_"): "denoiser"}
 
     def locate(key: str) -> Place | None:
         module, _, role = key.partition(".")
@@ -75,13 +79,18 @@ def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dic
                 "ss_base_model_version": spec.base_version}
         return _tokens.encode(artifact, spec, named=False), common_metadata(artifact) | said
     folded = fold_alpha(artifact.tensors)
-    tensors = {}
-    for (part, path), module in modules(folded).items():
+    found, tensors = modules(folded), {}
+    prefixes = spec.kohya
+    if spec.joint and artifact.kind == "lora":
+        tensors = _joint.fused({path: found.pop((part, path)) for part, path in list(found) if part == "denoiser"})
+    elif spec.joint:        # what cannot be fused
+        prefixes = prefixes | {"denoiser": _joint.PLAIN.rstrip("_")}
+    for (part, path), module in found.items():
         path = to_sgm(path) if spec.sgm and part == "denoiser" else path
         flat = path.replace(".", "_")
         assert _dotted(flat, spec.sgm) == path, f"SEGMENTS lacks the names to read {flat!r} back as {path!r}"
         for role, tensor in module.items():
-            tensors[f"{spec.kohya[part]}_{flat}.{WRITTEN[role]}"] = tensor
+            tensors[f"{prefixes[part]}_{flat}.{WRITTEN[role]}"] = tensor
     return tensors, common_metadata(artifact) | _metadata(artifact, folded, spec)
 
 

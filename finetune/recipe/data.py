@@ -101,7 +101,8 @@ class Caption(BaseModel):
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of draws that see an empty caption, which keeps classifier-free guidance working."""
     long: Literal["error", "truncate", "chunk"] = "error"
-    """A caption of more than 75 tokens is an error, is cut, or is encoded in up to three pieces of 75."""
+    """A caption of more than 75 tokens is an error, is cut, or is encoded in up to three pieces of 75. With T5, sd3 reads 255
+    of its tokens, the CLIPs the beginning; it knows no pieces."""
 
 
 class Mask(BaseModel):

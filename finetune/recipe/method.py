@@ -64,8 +64,8 @@ class Lora(BaseModel):
     module_dropout: Fraction = 0.0
     """Share of the layers whose adapter is left out in each step."""
     targets: Some[Text] = ("cross_attention",)
-    """Layers that get an adapter: cross_attention, attention, feed_forward, all (of these, with the projections around
-    them), conv (the rest of the blocks), or patterns as `*.to_k`."""
+    """Layers that get an adapter: cross_attention (of sd3 where text and picture meet), attention, feed_forward, all (of
+    these, with the projections around them), conv (the rest of a UNet's blocks), or patterns as `*.to_k`."""
     learning_rate: Rate | None = None
     """The method's own learning rate; null is `train.learning_rate`."""
     lora_plus: Rate | None = None

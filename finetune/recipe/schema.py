@@ -25,6 +25,14 @@ def _kinds(known: dict) -> set[str]:
     return {method.kind for method in known.get("method", ())}
 
 
+def _export(known: dict) -> tuple[str, ...]:
+    """A whole model is a diffusers folder; of SD 3's LoRAs more tools read the names of diffusers than the others."""
+    sd3 = "base" in known and known["base"].family == "sd3"
+    loras = [method.variant for method in known.get("method", ()) if method.kind == "lora"]
+    theirs = "full" in _kinds(known) or sd3 and loras and not {*loras} - {"lora", "rslora"}
+    return ("diffusers",) if theirs else ("kohya",)
+
+
 def _listed(value):
     """One method may be written without the list around it."""
     return [value] if isinstance(value, dict) else value
@@ -111,9 +119,10 @@ class Recipe(BaseModel):
     every: Every = Every()
     """How often something is done beside training."""
     export: Annotated[Some[Annotated[str, registered("formats")]], AfterValidator(different)] = Field(
-        default_factory=lambda known: ("diffusers",) if "full" in _kinds(known) else ("kohya",))
-    """Formats that the result is written in, such as [kohya, diffusers]. Left out it is kohya, which most tools read; for
-    the method full, whose result is a diffusers folder, diffusers; single_file writes that in the original naming."""
+        default_factory=_export)
+    """Formats that the result is written in, such as [kohya, diffusers]. Left out it is kohya, which most tools read; diffusers
+    for the method full, whose result is a diffusers folder (single_file writes that in the original naming), and for a LoRA of
+    sd3, which has no form that all tools read."""
 
     @field_validator("method")
     @classmethod

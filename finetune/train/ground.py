@@ -65,7 +65,7 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     families.merge(family.parts, [(formats.load(a.path, family.spec), a.strength) for a in recipe.base.adapters])
     family.long = recipe.data.caption.long
     stride = family.stride
-    check_stride(recipe, stride)
+    check_step(recipe, family.step)
     for part in family.parts.values():
         part.to(accelerator.device)
     weights = {name: families.fingerprint({name: part}) for name, part in family.parts.items()}
@@ -79,12 +79,12 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     return ground
 
 
-def check_stride(recipe: Recipe, stride: int) -> None:
-    """Raise FinetuneError for sizes that the base's VAE cannot take."""
-    step = recipe.data.buckets and recipe.data.buckets.step
-    for key, side in (("resolution", recipe.data.resolution), ("buckets.step", step)):
-        if side and side % stride:
-            raise FinetuneError(f"data.{key}: {side} is not a multiple of {stride}, this base's VAE stride")
+def check_step(recipe: Recipe, step: int) -> None:
+    """Raise FinetuneError for sizes that the base cannot take."""
+    buckets = recipe.data.buckets and recipe.data.buckets.step
+    for key, side in (("resolution", recipe.data.resolution), ("buckets.step", buckets)):
+        if side and side % step:
+            raise FinetuneError(f"data.{key}: {side} is not a multiple of {step}, as the sides of this base's pictures are")
 
 
 def reading(recipe: Recipe) -> Reading:

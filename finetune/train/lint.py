@@ -77,7 +77,7 @@ def lint(recipe: Recipe, say: Say) -> Report:
     family = report.tried("base", registry.find("families", recipe.base.family).outline, recipe.base.path,
                           recipe.base.revision, recipe.base.variant)
     if family:
-        report.tried("size", ground.check_stride, recipe, family.stride)
+        report.tried("size", ground.check_step, recipe, family.step)
     size = recipe.train.batch_size * recipe.train.gradient_accumulation
     learned = report.tried("token", learned_words, recipe, indexes["learn"]) if "learn" in indexes else None
     if family and learned and learned.tokens:

@@ -30,8 +30,7 @@ def settle(family, jobs: list[Job]) -> list[Job]:
     masked = denoiser.in_channels > vae.latent_channels
     if masked and not all(job.mask for job in jobs):
         raise FinetuneError("this base was made for inpainting, and paints nothing else: give it --image and --mask")
-    # diffusers' pipelines want 8 whatever the VAE; a transformer sees its latents in patches
-    step = max(8, family.stride * (denoiser.get("patch_size") or 1))
+    step = max(8, family.step)      # diffusers' pipelines want 8 whatever the VAE
     own = denoiser.sample_size if isinstance(denoiser.sample_size, int) else min(denoiser.sample_size)
     seen: dict[tuple, tuple[int, int]] = {}
     settled = []
@@ -72,11 +71,22 @@ def generate(pipeline, jobs: list[Job], batch: int = 8, say: str | None = None) 
                 some = alike[start:start + batch]
                 # Without one None, which SDXL takes for zeros, and not "": see the family's `zeros`
                 negative = [job.negative for job in some] if some[0].negative else None
-                yield from verb([job.prompt for job in some], negative_prompt=negative,
-                                generator=[torch.Generator().manual_seed(job.seed) for job in some],
+                yield from verb(**worded(verb, "prompt", [job.prompt for job in some]),
+                                **worded(verb, "negative_prompt", negative), generator=[torch.Generator().manual_seed(job.seed) for job in some],
                                 num_inference_steps=some[0].steps, guidance_scale=some[0].guidance,
                                 **_pictures(verb, some)).images
                 bar.update(len(some))
+
+
+def worded(pipeline, name: str, prompts: list[str] | None) -> dict:
+    """The prompts as the pipeline takes them. That of SD 3 knows no learned tokens of several vectors: they are spelled out
+    for its CLIPs, while T5 reads what was written."""
+    if prompts is None or not hasattr(pipeline, "tokenizer_3"):
+        return {name: prompts}
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    spelled = TextualInversionLoaderMixin().maybe_convert_prompt(prompts, pipeline.tokenizer)
+    return {name: spelled, f"{name}_2": spelled, f"{name}_3": prompts}
 
 
 def over(pipeline, job: Job):

@@ -2,7 +2,8 @@
 
 The probe is one call of the denoiser at a fixed latent, text and timestep. `expected` is its output with the adapter at
 strength 0.5 and 1: from the training model at the end of `train`, from our own merge in `finetune verify`. A LoRA is loaded
-by diffusers; other kinds, which diffusers does not load, are merged by ourselves and held against the training model.
+by diffusers; what diffusers does not load, other kinds and SD 3's original names, is merged by ourselves and held against the
+training model.
 Of a VAE the probe is a picture drawn from a fixed latent, and a whole model is loaded again as a base. Of a learned token it
 is what the text encoder makes of prompts with it; diffusers loads the file into an encoder that never saw the token.
 """
@@ -23,8 +24,9 @@ from finetune.diffusion import noise
 from finetune.families import base as families
 from finetune.formats import base as formats
 from finetune.formats import _consumers as consumers
-from finetune.formats import single_file
+from finetune.formats import kohya, single_file
 from finetune.train.preview import resting
+from finetune.train.sampling import worded
 
 STRENGTHS = (0.5, 1.0)
 FRACTIONS = (0.1, 0.5)      # of the way to noise, where the probe is
@@ -63,7 +65,7 @@ def loaded(path: Path, artifact: Artifact, family, expected: dict[float, Tensor]
     if said := artifact.metadata.get("finetune.extracted"):     # it is not all of what was trained
         checks.append(Check("extracted", True, said))
         expected = None
-    if artifact.kind == "lora":
+    if artifact.kind == "lora" and not (family.spec.joint and kohya.reads(read_header(path))):
         expected = expected or {s: merged(family, artifact, s) for s in STRENGTHS}
         with warnings.catch_warnings():     # peft remarks that the file comes beside what was trained, and goes again
             warnings.simplefilter("ignore")
@@ -157,7 +159,10 @@ def states(family, token: str) -> Tensor:
 def by_textual_inversion(path: Path, token: str, family) -> Tensor:
     """The same with the file loaded by diffusers, into tokenizers and tables without learned tokens; of several encoders
     each gets its own tensor by hand, which is how diffusers wants it."""
-    pipeline, spec = family.pipeline(), family.spec
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    pipeline, spec, loader = family.pipeline(), family.spec, TextualInversionLoaderMixin()
+    loader.hf_device_map, loader.components = None, {}      # as of a pipeline: that of SD 3 has no such loader
     plain = family.learned.tokenizers if family.learned else family.tokenizers
     encoders = {part: family.parts[part] for part in tokens.text_parts(family)}
     files = {part: {token: rows} for part, rows in formats.rows(formats.load(path, spec)).items()} if len(encoders) > 1 else {
@@ -168,10 +173,11 @@ def by_textual_inversion(path: Path, token: str, family) -> Tensor:
             encoder.set_input_embeddings(nn.Embedding.from_pretrained(before[part][0].weight.detach().clone()))
             words = copy.deepcopy(plain[part])
             setattr(pipeline, spec.components[part].replace("text_encoder", "tokenizer"), words)
-            pipeline.load_textual_inversion(files[part], token=token, text_encoder=encoder, tokenizer=words)
+            loader.load_textual_inversion(files[part], token=token, text_encoder=encoder, tokenizer=words)
         with resting(family.parts):
-            return pipeline.encode_prompt([prompt.format(token) for prompt in PROMPTS], device=pipeline.device,
-                                          num_images_per_prompt=1, do_classifier_free_guidance=False)[0].float()
+            prompts = worded(pipeline, "prompt", [prompt.format(token) for prompt in PROMPTS])
+            return pipeline.encode_prompt(**prompts, device=pipeline.device, num_images_per_prompt=1,
+                                          do_classifier_free_guidance=False)[0].float()
     finally:
         for part, (table, size) in before.items():
             encoders[part].set_input_embeddings(table)

@@ -1,23 +1,29 @@
 """The known models at their real size, on the meta device, from the configs that are shipped."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers, _maybe_map_sgm_blocks_to_diffusers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from finetune import registry
+from finetune.families import _original
 from finetune.families.base import CLIP_TARGETS
+from finetune.formats import _joint
 from finetune.formats._sgm import from_sgm, to_sgm
 from finetune.formats.kohya import _dotted
 from finetune.methods._targets import Part, resolve
 
 CONFIGS = Path(registry.__file__).parent / "assets" / "configs"
-SIZES = {"sd15": 859_520_964, "sd15-inpainting": 859_535_364, "sd21-base": 865_910_724, "sd21": 865_910_724, "sdxl": 2_567_463_684}
-MODULES = {"sd15": [192, 72], "sd15-inpainting": [192, 72], "sd21-base": [192, 138], "sd21": [192, 138], "sdxl": [722, 72, 192]}
+SIZES = {"sd15": 859_520_964, "sd15-inpainting": 859_535_364, "sd21-base": 865_910_724, "sd21": 865_910_724, "sdxl": 2_567_463_684,
+         "sd3-medium": 2_028_328_000, "sd35-medium": 2_243_171_520, "sd35-large": 8_056_627_520}
+MODULES = {"sd15": [192, 72], "sd15-inpainting": [192, 72], "sd21-base": [192, 138], "sd21": [192, 138], "sdxl": [722, 72, 192],
+           "sd3-medium": [285, 72, 192], "sd35-medium": [337, 72, 192], "sd35-large": [453, 72, 192]}
+FUSED = {"sd3-medium": 189, "sd35-medium": 215, "sd35-large": 301}      # q, k and v are one layer in SD 3's original names
 CLASSES = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
 
 
@@ -25,10 +31,14 @@ CLASSES = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTe
 def known(request):
     parts = json.loads((CONFIGS / f"{request.param}.json").read_text())
     with torch.device("meta"):
-        made = {"denoiser": UNet2DConditionModel.from_config(parts["unet"]), "vae": AutoencoderKL.from_config(parts["vae"])}
+        denoiser = UNet2DConditionModel.from_config(parts["unet"]) if "unet" in parts else \
+            SD3Transformer2DModel.from_config(parts["transformer"])
+        made = {"denoiser": denoiser, "vae": AutoencoderKL.from_config(parts["vae"])}
         for part, component in (("text", "text_encoder"), ("text_2", "text_encoder_2")):
             if component in parts:
                 made[part] = CLASSES[parts[component]["architectures"][0]](CLIPTextConfig(**parts[component]))
+        if "text_encoder_3" in parts:
+            made["t5"] = T5EncoderModel(T5Config(**parts["text_encoder_3"]))
     return request.param, made
 
 
@@ -40,10 +50,28 @@ def paths(made, part, spec, targets):
 def test_sizes_and_lora_modules(known):
     name, made = known
     count = {part: sum(p.numel() for p in module.parameters()) for part, module in made.items()}
-    assert count["denoiser"] == SIZES[name] and count["vae"] == 83_653_863
-    assert count["text"] == (340_387_840 if "sd21" in name else 123_060_480) and count.get("text_2", 694_659_840) == 694_659_840
-    spec = registry.find("families", name.replace("15", "1").replace("21", "2").partition("-")[0]).SPEC
-    assert [len(paths(made, part, spec, ["all"])) for part in made if part != "vae"] == MODULES[name]
+    sd3 = "sd3" in name
+    assert count["denoiser"] == SIZES[name] and count["vae"] == (83_819_683 if sd3 else 83_653_863)
+    # That of SD 3's CLIP-L is projected, by an identity
+    assert count["text"] == (340_387_840 if "sd21" in name else 123_650_304 if sd3 else 123_060_480)
+    assert count.get("text_2", 694_659_840) == 694_659_840 and count.get("t5", 4_762_310_656) == 4_762_310_656
+    spec = registry.find("families", re.sub(r"(?<=sd\d)[15]|-.*", "", name)).SPEC
+    assert [len(paths(made, part, spec, ["all"])) for part in made if part.startswith(("denoiser", "text"))] == MODULES[name]
+
+
+def test_every_layer_of_sd3_has_its_place_in_the_original(known):
+    name, made = known
+    if name not in FUSED:
+        return
+    lora = {"lora_A": torch.zeros(1, 1), "lora_B": torch.zeros(1, 1), "alpha": torch.tensor(1.0)}
+    ours = paths(made, "denoiser", registry.find("families", "sd3").SPEC, ["all"])
+    file = _joint.fused(dict.fromkeys(ours, lora))
+    stems = {key.partition(".")[0].removeprefix("lora_unet_") for key in file}
+    rows = _original.rows("mmdit", made["denoiser"].state_dict())
+    weights = {row.theirs.removesuffix(".weight").replace(".", "_") for row in rows}
+    assert len(stems) == FUSED[name] and stems <= weights
+    everything = [path for path, m in made["denoiser"].named_modules() if isinstance(m, torch.nn.Linear)]
+    assert len(_joint.fused(dict.fromkeys(everything, lora))) > len(file)
 
 
 def test_the_names_of_sgm_are_those_that_diffusers_reads(known):

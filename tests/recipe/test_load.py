@@ -321,6 +321,13 @@ def test_the_schema_and_the_registry_know_the_same_methods(write):
     assert f"one of: {', '.join(registry.names('methods'))}" in problems(write(SMALLEST), "method.kind=x")
 
 
+def test_the_export_follows_from_family_and_method(write):
+    found = {name: load(write(SMALLEST), [f"base.family={family}", f"method={method}"]).recipe.export[0] for name, family, method in (
+        ("lora", "sd1", "{kind: lora}"), ("full", "sd1", "{kind: full}"), ("sd3", "sd3", "{kind: lora, variant: rslora}"),
+        ("dora", "sd3", "{kind: lora, variant: dora}"), ("vae", "sd3", "{kind: vae_decoder}"))}
+    assert found == {"lora": "kohya", "full": "diffusers", "sd3": "diffusers", "dora": "kohya", "vae": "kohya"}
+
+
 @pytest.mark.parametrize("path", shipped.paths(), ids=lambda path: path.stem)
 def test_shipped_recipes_are_right_and_open_with_their_command(path):
     assert isinstance(load(path).recipe, Recipe)

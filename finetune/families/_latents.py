@@ -1,0 +1,33 @@
+"""Pixels and latents: a VAE, and the shift and scale between its latents and those of a denoiser.
+
+Shapes: B batch · C latent channels · H W pixels · h w = H W / VAE stride.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def stride(config: dict) -> int:
+    """Pixels per latent, along each axis, of a VAE with this config."""
+    return 2 ** (len(config.get("block_out_channels", [64])) - 1)
+
+
+@torch.no_grad()
+def moments(vae: nn.Module, pixels_B3HW: Tensor) -> Tensor:
+    """Mean and log-variance of the VAE's posterior, (B, 2C, h, w) float32; the same inside the loop as before it."""
+    with torch.autocast(vae.device.type, enabled=False):
+        posterior = vae.encode(pixels_B3HW.to(vae.device, vae.dtype)).latent_dist
+    return torch.cat([posterior.mean, posterior.logvar], 1).float()
+
+
+def sample(vae: nn.Module, moments: Tensor, noise_BChw: Tensor) -> Tensor:
+    """A sample of the posterior as the denoiser wants it, (B, C, h, w); `noise` is standard normal."""
+    mean, logvar = moments.chunk(2, 1)
+    return (mean + (0.5 * logvar).exp() * noise_BChw - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode(vae: nn.Module, latents_BChw: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W), about [-1, 1]."""
+    z = latents_BChw.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    return vae.decode(z).sample.float()
