@@ -1,4 +1,4 @@
-"""Train each method on its example dataset, and measure what it does to the pictures → docs/results.md, docs/results.png.
+"""Train each method on its example dataset, and measure what it does to the pictures → docs/results.md, docs/results.jpg.
 
     python scripts/results.py [ROW …] [--again] [--seed N] [--threads N]
 
@@ -78,7 +78,7 @@ def pictures(run: Path, part: str, captions: list[str], files: list[Path] = (),
 
 
 def strip(run: Path, part: str, drawn: list[Image.Image]) -> None:
-    """What docs/results.png shows of it."""
+    """What docs/results.jpg shows of it."""
     found = Image.new("RGB", (SHOWN * (world.SIZE + 2), world.SIZE), "white")
     for i, picture in enumerate(drawn):
         found.paste(picture, (i * (world.SIZE + 2), 0))
@@ -182,9 +182,9 @@ def redrawn(run: Path) -> Shares:
             after = vae.decode(vae.encode(x).latent_dist.mode()).sample
         for measure, by in ((similarity.psnr, "dB"), (similarity.ssim, "SSIM")):
             shares[f"{what} {by}"] = (measure(after, x) - measure(before, x)).mean().item()
-        for part, shown in (("as it is", x), ("before", before), ("after", after)):
+        for part, shown in (("as drawn", x), ("by the base", before), ("tuned", after)):
             rgb = ((shown[:SHOWN] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-            strip(run, f"{what}, {part}", [Image.fromarray(p) for p in rgb])
+            strip(run, f"{what} {part}", [Image.fromarray(p) for p in rgb])
     return shares
 
 
@@ -269,7 +269,8 @@ def table(found: dict[str, dict]) -> list[str]:
     for name, result in found.items():
         row = ROWS[name]
         goals = [said(what, least).replace(what, f"{what} ≥", 1) for what, least in row.goals.items()]
-        goals += [f"more than {' and '.join(row.above)}"] * bool(row.above)
+        below = [other for other in row.above if other in found]
+        goals += [f"more than {' and '.join(below)}"] * bool(below)
         goals += [f"files ≤ {(row.most_bytes or 0) / 1000:.0f} KB"] * bool(row.most_bytes)
         sizes = sorted({f"{size / 1000:,.0f} KB" for size in result["bytes"].values()})
         measured = ", ".join([*(said(*pair) for pair in result["shares"].items()), *sizes])
@@ -287,7 +288,7 @@ def report() -> str:
             f"with the adapter merged by our own sampler ({COUNT} pictures, {STEPS} steps, guidance {GUIDANCE:g}), read by networks",
             f"that were trained on fresh drawings. A share of {COUNT} pictures is sure to about ± 10 points. \"Kept\" is 100 %",
             "where a prompt is followed as well as by the base.", "", *table(known[0]), "",
-            "![the first eight pictures of each row](results.png)", ""]
+            "![the first eight pictures of each row](results.jpg)", ""]
     text += ["## Settings and remarks", ""]
     for name in known[0]:
         row, settings = ROWS[name], " ".join(f"`--set {setting}`" for setting in ROWS[name].settings)
@@ -301,7 +302,7 @@ def report() -> str:
     for i, (name, file) in enumerate(strips):
         ImageDraw.Draw(sheet).text((2, i * (world.SIZE + 14) + 1), f"{name}: {file.name.partition('.')[0]}", fill="black")
         sheet.paste(Image.open(file), (0, i * (world.SIZE + 14) + 13))
-    sheet.quantize(128).save(ROOT / "docs" / "results.png", optimize=True)
+    sheet.save(ROOT / "docs" / "results.jpg", quality=85, subsampling=0)
     return "\n".join(text) + "\n"
 
 
