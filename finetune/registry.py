@@ -13,7 +13,7 @@ from finetune.errors import FinetuneError, nearest
 
 # folder -> what one of its modules is called
 GROUPS = {"commands": "command", "families": "family", "methods": "method", "objectives": "objective",
-          "formats": "format"}
+          "formats": "format", "metrics": "metric"}
 
 
 def names(group: str) -> list[str]:

@@ -11,7 +11,7 @@ FLOORS = {
     "cli": 7, "__main__": 7,
     "commands": 6,
     "train": 5,
-    "methods": 4, "objectives": 4, "formats": 4,
+    "methods": 4, "objectives": 4, "formats": 4, "metrics": 4,
     "families": 3, "data": 3,
     "recipe": 2, "diffusion": 2, "optim": 2,
     "registry": 1, "header": 1, "artifact": 1, "change": 1, "lowrank": 1, "tokens": 1, "runfolder": 1, "device": 1,

@@ -10,12 +10,17 @@ from finetune.recipe.schema import Recipe
 
 def dump(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults written out; loading it again gives an equal Recipe."""
+    return written(recipe.model_dump(mode="json"))
+
+
+def written(words: dict) -> str:
+    """A recipe's words as YAML, in the schema's order."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False       # the schema's order
     yaml.allow_unicode = True
     text = io.StringIO()
-    yaml.dump(recipe.model_dump(mode="json"), text)
+    yaml.dump(words, text)
     return text.getvalue()
 
 

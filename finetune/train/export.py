@@ -109,7 +109,7 @@ def metadata(run: Run) -> dict[str, str]:
     learned = run.loader.streams[0]
     images = [{"path": _name(source.path), "repeats": source.repeats} for source in run.recipe.data.images]
     adapters = [{"path": Path(a.path).name, "strength": a.strength} for a in run.recipe.base.adapters]
-    told = recipe | {"base": recipe["base"] | {"path": base, "adapters": adapters}, "data": {"images": images} | _named(recipe["data"])}
+    told = recipe | {"base": recipe["base"] | {"path": base, "adapters": adapters}, "data": {"images": images} | named(recipe["data"])}
     told["method"] = [method | ({"start_from": Path(method["start_from"]).name} if method.get("start_from") else {})
                       for method in recipe["method"]]
     train, caption = told["train"], run.recipe.data.caption
@@ -171,8 +171,10 @@ def _name(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
-def _named(data, key: str = ""):
-    """The words of the data with the name alone of every folder and file."""
-    if isinstance(data, dict):
-        return {key: _named(own, key) for key, own in data.items()}
-    return _name(data) if isinstance(data, str) and key in ("path", "images", "files", "source") else data
+def named(words, key: str = ""):
+    """Words of a recipe with the name alone of every folder and file."""
+    if isinstance(words, dict):
+        return {key: named(own, key) for key, own in words.items()}
+    if isinstance(words, list):
+        return [named(own, key) for own in words]
+    return _name(words) if isinstance(words, str) and key in ("path", "images", "files", "source", "start_from") else words
