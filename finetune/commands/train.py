@@ -60,10 +60,10 @@ def _train(loaded, args, folder, deadline: float) -> int:
     from finetune.artifact import read_tensors
     from finetune.recipe import dump
     from finetune.runfolder import write_json, write_text
-    from finetune.train import loop, report, setup, validate
+    from finetune.train import loop, report, setup, trackers, validate
 
     recipe = loaded.recipe
-    accelerator = setup.accelerate(recipe)
+    accelerator = setup.accelerate(recipe, folder)
     main = accelerator.is_main_process
     say = folder.say if main else (lambda line: None)
     begun = None if args.fresh else folder.known()
@@ -78,6 +78,7 @@ def _train(loaded, args, folder, deadline: float) -> int:
             write_text(folder.recipe, loaded.text)
         write_text(folder.resolved, dump(recipe))
     accelerator.wait_for_everyone()
+    trackers.start(accelerator, folder.root)
     start, window = loop.resume(run)
     if start:
         say(f"continues after step {start} of {recipe.train.max_steps}")

@@ -3,9 +3,9 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 
-from finetune.recipe.words import NAMED, STRICT, Fraction, Pair, Positive, Rate, Seed
+from finetune.recipe.words import NAMED, STRICT, Fraction, Many, Pair, Positive, Rate, Seed, Text, different
 
 
 class Ema(BaseModel):
@@ -101,6 +101,8 @@ class Train(BaseModel):
     """How long one start may take, such as `3h` or `1h30m`: then it ends after its step as `finetune stop` would end it, and
     the same command continues. null is as long as it takes."""
 
+    trackers: Annotated[Many[Text], AfterValidator(different)] = ()
+    """Where the log and the previews go too, as Accelerate names them: tensorboard (into trackers/ of the run), wandb, mlflow, …"""
     keep_best: bool = False
     """Also hand over what had the least loss on held-out pictures, in adapter/best/."""
     patience: Positive | None = None

@@ -10,7 +10,7 @@ from finetune.batch import Batch
 from finetune.errors import FinetuneError
 from finetune.optim.optimizer import load_state, state_tensors
 from finetune.optim.schedule import factor
-from finetune.train import checkpoint
+from finetune.train import checkpoint, trackers
 from finetune.train.alarm import AFTER, alarms, traces
 from finetune.train.jobs import Job
 from finetune.train.preview import grid, resting
@@ -164,4 +164,5 @@ def preview(run: Run, done: int, stop: Stop) -> None:
             part = run.folder.previews / f".step-{done}.part"
             sheet.save(part, "PNG")
             os.replace(part, run.folder.preview(done))
+            trackers.show(run.accelerator, sheet, done)
     run.accelerator.wait_for_everyone()

@@ -27,7 +27,7 @@ from finetune.optim.optimizer import OPTIMIZERS
 from finetune.optim.rounding import rounded
 from finetune.recipe import Recipe, difference, training_part
 from finetune.runfolder import RunFolder
-from finetune.train import ground
+from finetune.train import ground, trackers
 from finetune.train.learned import check_said
 from finetune.train.step import TrainStep
 from finetune.train.together import Together
@@ -58,10 +58,12 @@ class Run:
     base_losses: torch.Tensor | None = field(default=None)          # on held-out pictures, once measured
 
 
-def accelerate(recipe: Recipe) -> Accelerator:
+def accelerate(recipe: Recipe, folder: RunFolder) -> Accelerator:
     """The recipe wins over `accelerate config` and its environment variables."""
+    trackers.check(recipe.train.trackers)
     try:
-        return Accelerator(mixed_precision=recipe.train.mixed_precision, dynamo_backend="no",
+        return Accelerator(mixed_precision=recipe.train.mixed_precision, log_with=list(recipe.train.trackers) or None,
+                           project_dir=folder.root / "trackers", dynamo_backend="no",
                            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     except ValueError as e:
         raise FinetuneError(f"train.mixed_precision: {recipe.train.mixed_precision} is not available here: {e}") from None

@@ -13,6 +13,7 @@ import torch
 from finetune import device
 from finetune.errors import FinetuneError
 from finetune.runfolder import RunFolder, write_text
+from finetune.train import trackers
 from finetune.train.setup import Run
 
 GIVE_UP = 10        # skipped steps in a row
@@ -84,6 +85,7 @@ def write(run: Run, line: dict) -> None:
     if run.accelerator.is_main_process:
         with open(run.folder.metrics, "a", encoding="utf-8") as f:
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        trackers.log(run.accelerator, line)
 
 
 def rewind(folder: RunFolder, done: int, logged: int, say) -> None:
