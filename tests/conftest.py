@@ -101,11 +101,12 @@ def build_member(name: str, folder: Path) -> Path:
     if "text_encoder_2" in encoders:
         parts["unet"] |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 64,
                           "transformer_layers_per_block": [1, 1, 2]}
-    parts["vae"] |= {"block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8, "sample_size": 64}
+    parts["vae"] |= {"block_out_channels": [16, 16, 32, 32][-len(parts["vae"]["block_out_channels"]):], "norm_num_groups": 8, "sample_size": 64}
     torch.manual_seed(0)
     made = {"unet": diffusers.UNet2DConditionModel.from_config(parts["unet"]),
             "vae": diffusers.AutoencoderKL.from_config(parts["vae"]),
-            "scheduler": getattr(diffusers, parts["scheduler"]["_class_name"]).from_config(parts["scheduler"])}
+            **{part: getattr(diffusers, parts[part]["_class_name"]).from_config(parts[part])
+               for part in ("scheduler", "low_res_scheduler") if part in parts}}
     for part in encoders:
         tokens = transformers.CLIPTokenizer.from_pretrained(tiny, pad_token=parts[tokenizer(part)]["pad_token"])
         config = transformers.CLIPTextConfig(**parts[part] | {
@@ -113,7 +114,9 @@ def build_member(name: str, folder: Path) -> Path:
             "projection_dim": 64, "vocab_size": len(tokens), "bos_token_id": tokens.bos_token_id})
         made |= {part: getattr(transformers, parts[part]["architectures"][0])(config), tokenizer(part): tokens}
     extra = {key: value for key, value in parts["model_index"].items() if key.startswith("force")}
-    if "text_encoder_2" not in encoders:
+    if "low_res_scheduler" in parts:
+        extra = {"max_noise_level": parts["model_index"]["max_noise_level"]}
+    elif "text_encoder_2" not in encoders:
         extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     getattr(diffusers, parts["model_index"]["_class_name"])(**made, **extra).save_pretrained(folder)
     for part in encoders:
