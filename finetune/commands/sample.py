@@ -83,7 +83,8 @@ def run(args) -> int:
                      "adapters": {each.path.name: each.strength * factor for each in loaded}}
             loras = {each.path.stem: each.strength * factor for each in loaded if each.artifact.kind == "lora" and factor}
             for job, path, picture in zip(wanted, paths, sampling.generate(pipeline, wanted, args.batch, say)):
-                sampling.write(picture, path, png_info(job.facts() | facts, loras))
+                size = {"size": f"{picture.width}x{picture.height}"}        # of a job that is upscaled it is the small picture's
+                sampling.write(picture, path, png_info(job.facts() | facts | size, loras))
                 if args.grid:
                     columns[-1].append(picture)
     if args.grid:

@@ -24,14 +24,14 @@ def random_hole(height: int, width: int, seed: int, position: int) -> Tensor:
     draw = noise.generator(seed, position, "hole")
     canvas = Image.new("L", (width, height))
     pen, wanted, boxes = ImageDraw.Draw(canvas), draw.uniform(LEAST, MOST), draw.choice([0.0, 0.5, 1.0])
-    while (missing := wanted - np.asarray(canvas).mean() / 255) > 0:
+    while (missing := wanted - canvas.histogram()[255] / (height * width)) > 0:
         shape = box if draw.random() < boxes else stroke
         shape(pen, height, width, missing, draw)
     return torch.from_numpy(np.array(canvas))[None].float() / 255
 
 
 def box(pen: ImageDraw.ImageDraw, height: int, width: int, missing: float, draw: np.random.Generator) -> None:
-    """A rectangle of a third to all of what is missing, at the most three times as long as wide; its centre is anywhere in the picture."""
+    """A rectangle of a third to all of what is missing, up to three times as long as wide, with its centre anywhere."""
     area, shape = max(0.01, missing * draw.uniform(1 / 3, 1)), 3 ** draw.uniform(-0.5, 0.5)
     w, h = (max(1, round(side * min(1.0, math.sqrt(area) * factor))) for side, factor in ((width, shape), (height, 1 / shape)))
     left, top = (round(draw.uniform(0, side) - length / 2) for side, length in ((width, w), (height, h)))

@@ -27,7 +27,8 @@ from finetune.errors import FinetuneError, refuse
 NO_MASK = pa.scalar(bytes(32), pa.binary(32))
 PLACED = ("name", "part", "offset", "size")          # what a place wants to know to read
 # What masks can be instead of a folder, and what that does.
-OTHERWISE = {"data.mask.source": {"alpha": "takes the pictures' own transparency"}, "data.inpaint.masks": {"random": "draws them"}}
+OTHERWISE = {"data.mask.source": {"alpha": "takes the pictures' own transparency"},
+             "data.inpaint.masks": {"random": "draws them"}}
 TABLE = pa.schema([("source", pa.int16()), ("repeats", pa.int32()), *(field for field in LISTING if field.name != "stamp"),
                    *(field for field in FACTS if field.name not in ("suffix", "reason")),
                    *((name + end, kind) for name in ("mask", "hole")        # the path of a file, and what it holds

@@ -99,7 +99,8 @@ class Stream:
                      for example, crop, flip in zip(chosen.values(), crops, flips)]
             pixels = torch.stack([entry["pixels"] for entry in found])
         if self.view.shows:     # cached latents or not: what a hole leaves differs from draw to draw
-            seen = pixels if pixels is not None else [view_pixels(self.index, example, replace(self.view, mask=None), crop, flip)[0]
+            plain = replace(self.view, mask=None)
+            seen = pixels if pixels is not None else [view_pixels(self.index, example, plain, crop, flip)[0]
                                                       for example, crop, flip in zip(chosen.values(), crops, flips)]
             shown = torch.stack([self.shown(*one) for one in zip(chosen.items(), seen, crops, flips)])
         if self.encoded and self.encoded.text:
@@ -118,8 +119,8 @@ class Stream:
         elif self.view.shows == "random":
             hole = beside.random_hole(crop.height, crop.width, self.order.seed, position)
         else:
-            mask = pictures.mask(self.index.read_mask(example, "hole"), f"the mask of {self.index.name(example)}", self.view.reading)
-            hole = beside.fit_hole(mask, crop, flip)
+            name, data = f"the mask of {self.index.name(example)}", self.index.read_mask(example, "hole")
+            hole = beside.fit_hole(pictures.mask(data, name, self.view.reading), crop, flip)
         return beside.without(pixels, hole)
 
 

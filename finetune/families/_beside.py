@@ -1,4 +1,4 @@
-"""What a network sees beside noisy latents, made of what the data room shows (data/beside.py), as training and diffusers have it.
+"""What a network sees beside noisy latents, made of what the data room shows (data/beside.py) as diffusers makes it.
 
 Shapes: B batch · C latent channels · H W pixels · h w = H W / VAE stride.
 """

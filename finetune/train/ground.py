@@ -78,7 +78,7 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
 
 
 def shown(recipe: Recipe, family) -> str | None:
-    """What the base is shown beside noisy latents, as a View has it. Raises FinetuneError for a recipe that does not say it."""
+    """What the base is shown beside noisy latents, as a View has it. FinetuneError for what the two cannot do together."""
     inpaint, shows = recipe.data.inpaint, family.shows if recipe.objective.kind == "denoise" else None
     if inpaint and shows != "hole":
         raise FinetuneError("data.inpaint: is for inpainting models, and what is trained here is none; leave it out")
@@ -89,8 +89,8 @@ def shown(recipe: Recipe, family) -> str | None:
         raise FinetuneError("every.preview: this base paints nothing from a prompt alone; set it to 0 and look at what "
                             f"finetune sample --image makes with {'--mask' if shows == 'hole' else '--upscale'}")
     if shows == "small" and recipe.data.caption.long == "chunk":      # what they see instead of themselves is not masked
-        raise FinetuneError("data.caption.long: an upscaler's layers cannot leave out what fills shorter captions up; truncate "
-                            "instead of chunk, or shorten the captions")
+        raise FinetuneError("data.caption.long: an upscaler's layers cannot leave out what fills shorter captions up; "
+                            "truncate instead of chunk, or shorten the captions")
     return shows if shows != "hole" else "random" if inpaint.masks == "random" else "files"
 
 
@@ -195,8 +195,8 @@ def class_pictures(recipe: Recipe, ground: Ground, accelerator: Accelerator, say
     if not missing:
         return there
     if ground.family.shows:
-        raise FinetuneError(f"data.prior: this base makes no pictures from a prompt alone: give {missing} more in data.prior.images, "
-                            "or lower data.prior.count")
+        raise FinetuneError(f"data.prior: this base makes no pictures from a prompt alone: give {missing} more in "
+                            "data.prior.images, or lower data.prior.count")
     settings = prior.prompt, prior.steps, prior.guidance, recipe.data.resolution, recipe.train.seed
     where = prior_pictures.folder(*settings, ground)
     if accelerator.is_main_process:
@@ -261,6 +261,9 @@ def describe(recipe: Recipe, ground: Ground) -> list[str]:
         lines.append("buckets   " + ", ".join(f"{w}×{h}: {n}" for (h, w), n in zip(shapes.tolist(), counts.tolist())))
     if len(ground.streams) > 1:
         lines.append(f"prior     {len(ground.streams[1].index)} class pictures, as many in a step, weight {ground.streams[1].weight:g}")
+    if learn.view.shows in ("random", "files"):
+        lines.append(f"inpaint   {'drawn masks' if learn.view.shows == 'random' else 'masks of files'}, all of the picture in "
+                     f"{learn.view.whole:.0%} of the draws; what they leave is encoded in every step")
     if ground.validation:
         lines.append(f"held out  {len(ground.validation.index)} pictures")
     smaller = int((-(-learn.order.counts // size) * size > learn.order.counts).sum())

@@ -77,7 +77,7 @@ class Job(BaseModel):
             raise ValueError("upscale is about an image, and there is none")
         for name in ("mask", "strength", "size") if self.upscale else ():
             if getattr(self, name) is not None:
-                raise ValueError(f"{name} does not go with upscale: all of the image is enlarged, by a factor that the base knows")
+                raise ValueError(f"{name} does not go with upscale: all of the image is enlarged, as much as the base does")
         if self.image and int(self.steps * self.change) < 1:
             raise ValueError(f"strength {self.change:g} of {self.steps} steps is less than one step; take more steps")
         return self

@@ -37,7 +37,7 @@ def settle(family, jobs: list[Job]) -> list[Job]:
     if masked and not upscales and not all(job.mask for job in jobs):
         raise FinetuneError("this base was made for inpainting, and paints nothing else: give it --image and --mask")
     # diffusers' pipelines want 8 whatever the VAE; a transformer sees its latents in patches
-    step = max(8, family.stride * (denoiser.get("patch_size") or 1))
+    step = family.stride if upscales else max(8, family.stride * (denoiser.get("patch_size") or 1))
     own = denoiser.sample_size if isinstance(denoiser.sample_size, int) else min(denoiser.sample_size)
     seen: dict[tuple, tuple[int, int]] = {}
     settled = []

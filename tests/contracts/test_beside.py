@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from finetune import registry
 from finetune.cli import main
 
 MEMBERS = {"sd15-inpainting": ("sd1", "hole"), "x4-upscaler": ("upscaler", "small")}
@@ -53,7 +54,10 @@ def test_a_lora_is_trained_resumed_proven_and_sampled(recipe, train, tmp_path, b
     sample = ["sample", "--base", str(path), "--family", family, "--prompt", "a circle", "--steps", "1", "--out", str(tmp_path / "o")]
     assert main([*sample, "--adapter", str(file), "--image", str(pictures / "3.png"), *order]) == 0
     made = Image.open(next((tmp_path / "o").glob("*.png")))
-    assert made.size == ((64, 64) if shows == "hole" else (4 * 48, 4 * 32))       # of 49 × 36
+    assert made.size == ((64, 64) if shows == "hole" else (4 * 48, 4 * 36))       # of 49 × 36
+    assert json.loads(made.info["finetune"])["size"] == f"{made.width}x{made.height}"
+    words = ["merge", "--base", str(path), "--family", family, "--adapter", str(file), "--out", str(tmp_path / "merged")]
+    assert main(words) == 0 and registry.find("families", family).outline(str(tmp_path / "merged")).shows == shows
     capsys.readouterr()
     assert main([*sample, "--overwrite"]) == 2
     assert f"give it --image and --{'mask' if shows == 'hole' else 'upscale'}" in capsys.readouterr().err
@@ -62,9 +66,10 @@ def test_a_lora_is_trained_resumed_proven_and_sampled(recipe, train, tmp_path, b
 @pytest.mark.parametrize("words, told", [
     ("every.preview=1,preview.prompts=[x]", "every.preview: this base paints nothing from a prompt alone"),
     ("data.prior={prompt: a circle}", "data.prior: this base makes no pictures from a prompt alone"),
-    ("data.caption.long=chunk", "data.caption.long: an upscaler's layers")])
+    ("data.caption.long=chunk", "data.caption.long: an upscaler's layers"),
+    ("method={kind: full},export=[single_file]", "single_file: cannot hold a model of upscaler")])
 def test_what_such_a_base_cannot_is_refused(words, told, recipe, train, tmp_path, base, capsys):
-    if "long" in words and base[2] == "hole":
+    if "upscaler" in told and base[2] == "hole":
         return
     arguments = [part for word in words.split(",") for part in ("--set", word)]
     assert train(recipe, tmp_path / "run", *arguments) == 2

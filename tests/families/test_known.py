@@ -7,17 +7,23 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers, _maybe_map_sgm_blocks_to_diffusers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from finetune import registry
+from finetune.artifact import Header
 from finetune.families.base import CLIP_TARGETS
+from finetune.formats.base import identify
 from finetune.formats._sgm import from_sgm, to_sgm
 from finetune.formats.kohya import _dotted
 from finetune.methods._targets import Part, resolve
 
 CONFIGS = Path(registry.__file__).parent / "assets" / "configs"
-SIZES = {"sd15": 859_520_964, "sd15-inpainting": 859_535_364, "sd21-base": 865_910_724, "sd21": 865_910_724, "sdxl": 2_567_463_684}
-MODULES = {"sd15": [192, 72], "sd15-inpainting": [192, 72], "sd21-base": [192, 138], "sd21": [192, 138], "sdxl": [722, 72, 192]}
+SIZES = {"sd15": 859_520_964, "sd15-inpainting": 859_535_364, "sd21-base": 865_910_724, "sd21": 865_910_724, "sdxl": 2_567_463_684,
+         "x4-upscaler": 473_398_020}
+MODULES = {"sd15": [192, 72], "sd15-inpainting": [192, 72], "sd21-base": [192, 138], "sd21": [192, 138], "sdxl": [722, 72, 192],
+           "x4-upscaler": [192, 138]}
+FAMILIES = {"sd15": "sd1", "sd15-inpainting": "sd1", "sd21-base": "sd2", "sd21": "sd2", "sdxl": "sdxl", "x4-upscaler": "upscaler"}
 CLASSES = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
 
 
@@ -40,10 +46,26 @@ def paths(made, part, spec, targets):
 def test_sizes_and_lora_modules(known):
     name, made = known
     count = {part: sum(p.numel() for p in module.parameters()) for part, module in made.items()}
-    assert count["denoiser"] == SIZES[name] and count["vae"] == 83_653_863
-    assert count["text"] == (340_387_840 if "sd21" in name else 123_060_480) and count.get("text_2", 694_659_840) == 694_659_840
-    spec = registry.find("families", name.replace("15", "1").replace("21", "2").partition("-")[0]).SPEC
+    assert count["denoiser"] == SIZES[name] and count["vae"] == (55_325_927 if "upscaler" in name else 83_653_863)
+    assert count["text"] == (123_060_480 if name[:4] in ("sd15", "sdxl") else 340_387_840) and count.get("text_2", 694_659_840) == 694_659_840
+    spec = registry.find("families", FAMILIES[name]).SPEC
+    adapted = {f"lora_unet_{path.replace('.', '_')}.lora_down.weight": ("F16", (4, *made["denoiser"].get_submodule(path).weight.shape[1:]))
+               for path in paths(made, "denoiser", spec, ["cross_attention"])}
+    assert identify(Header(adapted, {}, {}))["family"] == spec.name
     assert [len(paths(made, part, spec, ["all"])) for part in made if part != "vae"] == MODULES[name]
+
+
+def test_what_it_costs_to_show_a_hole(known):
+    """The encoder, in every step, beside a forward pass of the network: in operations, for a picture of 512 pixels."""
+    name, made = known
+    if name != "sd15-inpainting":
+        return
+    with torch.device("meta"), torch.no_grad():
+        with FlopCounterMode(display=False) as encoder:
+            made["vae"].encode(torch.zeros(1, 3, 512, 512))
+        with FlopCounterMode(display=False) as network:
+            made["denoiser"](torch.zeros(1, 9, 64, 64), torch.zeros(1), torch.zeros(1, 77, 768))
+    assert [round(counted.get_total_flops() / 1e12, 1) for counted in (encoder, network)] == [1.1, 0.8]
 
 
 def test_the_names_of_sgm_are_those_that_diffusers_reads(known):
