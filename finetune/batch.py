@@ -17,7 +17,8 @@ class Conditioning:
     tokens: Tensor                  # (B, L, D) hidden states of the text encoder
     pooled: Tensor | None = None    # (B, P) for the families that have it
     mask: Tensor | None = None      # (B, L) bool, False where a shorter caption is filled up. None: all are of one length
-    beside: Tensor | None = None    # (B, K, h, w) what an inpainting network sees beside the noisy latents, see Batch
+    beside: Tensor | None = None    # (B, K, h, w) what some networks see beside the noisy latents, see families/_beside.py
+    level: Tensor | None = None     # (B,) int64 how noisy that is, which an upscaler is told
 
 
 def joined(parts: list[Conditioning]) -> Conditioning:
@@ -45,7 +46,8 @@ class Batch:
     latents: Tensor | None = None               # (B, C, h, w) shifted and scaled, as the denoiser wants them
     mask: Tensor | None = None                  # (B, 1, h, w) weight of each latent pixel, 0 … 1. None: all count 1
     conditioning: Conditioning | None = None    # None: the text is encoded in the loop
-    beside: Tensor | None = None                # (B, 1 + C, h, w) of inpainting: 1 where to paint, and the latents without that
+    beside: Tensor | None = None                # what some networks are shown of the picture, see data/beside.py: of inpainting
+    #                                             (B, 4, H, W), where to paint and the pixels without that; (B, 3, h, w) a small one
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,11 +109,12 @@ def build_member(name: str, folder: Path) -> Path:
     if name == "sdxl":
         parts["unet"] |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 64,
                           "transformer_layers_per_block": [1, 1, 2]}
-    parts["vae"] |= {"block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8, "sample_size": 64}
+    parts["vae"] |= {"block_out_channels": [16, 16, 32, 32][-len(parts["vae"]["block_out_channels"]):], "norm_num_groups": 8, "sample_size": 64}
     torch.manual_seed(0)
     made = {denoiser: getattr(diffusers, parts["model_index"][denoiser][1]).from_config(parts[denoiser]),
             "vae": diffusers.AutoencoderKL.from_config(parts["vae"]),
-            "scheduler": getattr(diffusers, parts["scheduler"]["_class_name"]).from_config(parts["scheduler"])}
+            **{part: getattr(diffusers, parts[part]["_class_name"]).from_config(parts[part])
+               for part in ("scheduler", "low_res_scheduler") if part in parts}}
     for part in encoders:
         tokens = transformers.CLIPTokenizer.from_pretrained(tiny, pad_token=parts[tokenizer(part)]["pad_token"])
         config = transformers.CLIPTextConfig(**parts[part] | {
@@ -124,6 +125,8 @@ def build_member(name: str, folder: Path) -> Path:
     if denoiser == "transformer":       # one member has a T5, the other has not
         torch.nn.init.eye_(made["text_encoder"].text_projection.weight)     # as published: single files have no place for it
         extra = t5(parts["text_encoder_3"], both) if name == "sd35-medium" else {"text_encoder_3": None, "tokenizer_3": None}
+    if "low_res_scheduler" in parts:
+        extra = {"max_noise_level": parts["model_index"]["max_noise_level"]}
     elif "text_encoder_2" not in encoders:
         extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     getattr(diffusers, parts["model_index"]["_class_name"])(**made, **extra).save_pretrained(folder)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from finetune.commands import _base
 
-OF_A_JOB = ("negative", "seed", "count", "steps", "guidance", "size", "image", "mask", "strength")     # a file may say otherwise
+OF_A_JOB = ("negative", "seed", "count", "steps", "guidance", "size", "image", "mask", "strength",
+            "upscale")      # a file may say otherwise
 
 
 def add_arguments(parser) -> None:
@@ -30,6 +31,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--strength", type=float, metavar="S",
                         help="how much of the --image is changed, above 0 up to 1; 0.8 if not given, 1 with a --mask. "
                              "(--strengths are factors of the adapters)")
+    parser.add_argument("--upscale", action="store_true", default=None, help="enlarge the --image, with a base made for that")
     parser.add_argument("--scheduler", metavar="NAME", help="any diffusers scheduler by its class name; the base's own if not given")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--batch", type=int, default=8, help="pictures sampled together; no picture depends on it, but for rounding")
@@ -81,7 +83,8 @@ def run(args) -> int:
                      "adapters": {each.path.name: each.strength * factor for each in loaded}}
             loras = {each.path.stem: each.strength * factor for each in loaded if each.artifact.kind == "lora" and factor}
             for job, path, picture in zip(wanted, paths, sampling.generate(pipeline, wanted, args.batch, say)):
-                sampling.write(picture, path, png_info(job.facts() | facts, loras))
+                size = {"size": f"{picture.width}x{picture.height}"}        # of a job that is upscaled it is the small picture's
+                sampling.write(picture, path, png_info(job.facts() | facts | size, loras))
                 if args.grid:
                     columns[-1].append(picture)
     if args.grid:

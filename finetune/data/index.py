@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import astuple, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import PIL
@@ -25,9 +26,13 @@ from finetune.errors import FinetuneError, refuse
 
 NO_MASK = pa.scalar(bytes(32), pa.binary(32))
 PLACED = ("name", "part", "offset", "size")          # what a place wants to know to read
+# What masks can be instead of a folder, and what that does.
+OTHERWISE = {"data.mask.source": {"alpha": "takes the pictures' own transparency"},
+             "data.inpaint.masks": {"random": "draws them"}}
 TABLE = pa.schema([("source", pa.int16()), ("repeats", pa.int32()), *(field for field in LISTING if field.name != "stamp"),
                    *(field for field in FACTS if field.name not in ("suffix", "reason")),
-                   ("mask", pa.large_binary()), ("mask_digest", pa.binary(32))])        # mask: the path of a file
+                   *((name + end, kind) for name in ("mask", "hole")        # the path of a file, and what it holds
+                     for end, kind in (("", pa.large_binary()), ("_digest", pa.binary(32))))])
 
 
 class Index:
@@ -37,7 +42,7 @@ class Index:
         self.places, self.table, self.notes = places, table.combine_chunks(), notes
         for name in ("source", "repeats", "width", "height", "phash"):
             setattr(self, name, self.table[name].to_numpy())
-        self.digest, self.mask_digest = self._digests("digest"), self._digests("mask_digest")
+        self.digest, self.mask_digest, self.hole_digest = map(self._digests, ("digest", "mask_digest", "hole_digest"))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -54,8 +59,8 @@ class Index:
         """The picture's bytes as they are now. Raises FinetuneError when they cannot be read any more."""
         return self._read(i, lambda: self._place(i).read(*(self._value(column, i) for column in PLACED)))
 
-    def read_mask(self, i: int) -> bytes | None:
-        path = self._value("mask", i)
+    def read_mask(self, i: int, kind: Literal["mask", "hole"] = "mask") -> bytes | None:
+        path = self._value(kind, i)
         return None if path is None else self._read(i, Path(os.fsdecode(path)).read_bytes)
 
     def take(self, rows: np.ndarray) -> "Index":
@@ -70,6 +75,8 @@ class Index:
             whole.update(np.ascontiguousarray(part))
         if len(texts):
             whole.update(memoryview(texts.buffers()[2])[ends[0]:ends[-1]])
+        if self.hole_digest.any():
+            whole.update(np.ascontiguousarray(self.hole_digest))
         return whole.hexdigest()
 
     def _value(self, column: str, i: int):
@@ -101,11 +108,11 @@ def concatenated(indexes: list[Index]) -> Index:
 
 
 def build(sources: list[Source], reading: Reading, masks: str | None, say: Callable[[str], None], quiet: bool,
-          field: str = "data.images") -> Index:
+          field: str = "data.images", holes: str | None = None) -> Index:
     """The index of some sources: in their order, and each in the order of its names' bytes, or of its rows.
 
-    `masks` is a folder with a mask for each picture, under the same name beside the suffix. What is wrong with single files
-    stands in the notes; raises FinetuneError for a source that is not there or holds no pictures."""
+    `masks`, and likewise `holes`, is a folder with a mask for each picture, under the same name beside the suffix. What is
+    wrong with single files stands in the notes; raises FinetuneError for a source that is not there or holds no pictures."""
     places, problems, tables, notes = [], [], [], []
     where = [field] if len(sources) == 1 else [f"{field}.{number}" for number in range(len(sources))]
     memory = Memory(home() / "index", say)
@@ -123,12 +130,14 @@ def build(sources: list[Source], reading: Reading, masks: str | None, say: Calla
                          *(f"    {note.name}: {note.text}" for note in found[:5])]
         count = len(table)
         whole = {"source": np.full(count, number, np.int16), "repeats": np.full(count, source.repeats, np.int32),
-                 "mask": pa.nulls(count, pa.large_binary()), "mask_digest": pa.repeat(NO_MASK, count)}
+                 **{name: pa.nulls(count, pa.large_binary()) for name in ("mask", "hole")},
+                 **{name: pa.repeat(NO_MASK, count) for name in ("mask_digest", "hole_digest")}}
         tables.append(pa.table([whole[name] if name in whole else table[name] for name in TABLE.names], schema=TABLE))
     refuse(problems)
-    if masks not in (None, "alpha"):
-        tables, found = masked(tables, places, os.path.expanduser(masks), reading, memory, quiet)
-        notes += found
+    for column, word, folder in (("mask", "data.mask.source", masks), ("hole", "data.inpaint.masks", holes)):
+        if folder not in (None, *OTHERWISE[word]):
+            tables, found = masked(column, word, tables, places, os.path.expanduser(folder), reading, memory, quiet)
+            notes += found
     return Index(places, pa.concat_tables(tables), notes)
 
 
@@ -151,15 +160,16 @@ def looked_at(place, reading: Reading, memory: Memory, quiet: bool) -> tuple[pa.
     return table.filter(readable) if len(wrong) else table, notes
 
 
-def masked(tables: list[pa.Table], places: list, folder: str, reading: Reading, memory: Memory, quiet: bool
-           ) -> tuple[list[pa.Table], list[Note]]:
-    """The pictures with the masks of their names, and what is wrong with these."""
+def masked(column: str, word: str, tables: list[pa.Table], places: list, folder: str, reading: Reading, memory: Memory,
+           quiet: bool) -> tuple[list[pa.Table], list[Note]]:
+    """The pictures with the masks of their names in that column, and what is wrong with these."""
+    (other, what), = OTHERWISE[word].items()
     if not os.path.isdir(folder):
-        raise FinetuneError(f"data.mask.source: there is no folder {folder}; it is `alpha` or a folder of masks")
+        raise FinetuneError(f"{word}: there is no folder {folder}; it is `{other}` or a folder of masks")
     for place in places:
         if not isinstance(place, Folder):
-            raise FinetuneError(f"data.mask.source: {place.prefix} is no folder, and a folder of masks goes with folders of "
-                                "pictures; `alpha` takes the pictures' own transparency")
+            raise FinetuneError(f"{word}: {place.prefix} is no folder, and a folder of masks goes with folders of "
+                                f"pictures; `{other}` {what}")
     place = Folder(folder)
     masks, found = looked_at(place, reading, memory, quiet)
     notes = [replace(note, kind="mask") for note in found if note.kind == "unreadable"]
@@ -181,7 +191,7 @@ def masked(tables: list[pa.Table], places: list, folder: str, reading: Reading, 
         prefix, nothing = (pa.scalar(part, pa.large_binary()) for part in (os.fsencode(place.prefix), b""))
         digests = pc.coalesce(found["digest"], NO_MASK)
         paths = pc.binary_join_element_wise(prefix, found["name"], nothing)
-        for name, values in (("mask", paths), ("mask_digest", digests)):
+        for name, values in ((column, paths), (f"{column}_digest", digests)):
             table = table.set_column(TABLE.names.index(name), name, values)
         done.append(table)
     for n in np.flatnonzero(~used).tolist():

@@ -12,14 +12,15 @@ the first; with the run's seed it decides every draw.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from finetune.batch import Batch, Conditioning, joined
-from finetune.data import pictures
+from finetune.data import beside, pictures
 from finetune.data.captions import Captions
 from finetune.data.index import Index
 from finetune.data.order import Order
@@ -37,6 +38,8 @@ class View:
     mask: str | None        # "alpha", "files" or None
     unmasked: float         # weight of what the mask leaves out
     stride: int             # pixels per latent
+    shows: Literal["random", "files", "small"] | None = None    # beside the latents: without a hole drawn or read, or small
+    whole: float = 0.0      # share of the draws whose hole is all of the picture
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Stream:
         crops = [self.crop(example, position) for position, example in chosen.items()]
         flips = [self.flipped(position) for position in positions]
         captions = [self.caption(example, position) for position, example in chosen.items()]
-        pixels = latents = conditioning = None
+        pixels = latents = shown = conditioning = None
         if self.encoded and self.encoded.latents:
             found = [self.encoded.latents(example, flip) for example, flip in zip(chosen.values(), flips)]
             moments = torch.stack([entry["moments"] for entry in found])
@@ -95,11 +98,30 @@ class Stream:
             found = [dict(zip(("pixels", "mask"), view_pixels(self.index, example, self.view, crop, flip)))
                      for example, crop, flip in zip(chosen.values(), crops, flips)]
             pixels = torch.stack([entry["pixels"] for entry in found])
+        if self.view.shows:     # cached latents or not: what a hole leaves differs from draw to draw
+            plain = replace(self.view, mask=None)
+            seen = pixels if pixels is not None else [view_pixels(self.index, example, plain, crop, flip)[0]
+                                                      for example, crop, flip in zip(chosen.values(), crops, flips)]
+            shown = torch.stack([self.shown(*one) for one in zip(chosen.items(), seen, crops, flips)])
         if self.encoded and self.encoded.text:
             conditioning = joined([self.encoded.text(caption) for caption in captions])
         return Batch(positions, captions, torch.full((len(positions),), self.weight), share,
                      torch.tensor([crop.geometry(flip) for crop, flip in zip(crops, flips)]), pixels, latents,
-                     torch.stack([entry["mask"] for entry in found]) if self.view.mask else None, conditioning)
+                     torch.stack([entry["mask"] for entry in found]) if self.view.mask else None, conditioning, shown)
+
+    def shown(self, where: tuple[int, int], pixels: Tensor, crop: Crop, flip: bool) -> Tensor:
+        """What the network is shown of the example at a position, see data/beside.py."""
+        position, example = where
+        if self.view.shows == "small":
+            return beside.small(pixels, self.view.stride)
+        if noise.uniform(self.order.seed, position, "whole hole") < self.view.whole:
+            hole = torch.ones_like(pixels[:1])
+        elif self.view.shows == "random":
+            hole = beside.random_hole(crop.height, crop.width, self.order.seed, position)
+        else:
+            name, data = f"the mask of {self.index.name(example)}", self.index.read_mask(example, "hole")
+            hole = beside.fit_hole(pictures.mask(data, name, self.view.reading), crop, flip)
+        return beside.without(pixels, hole)
 
 
 def view_pixels(index: Index, example: int, view: View, crop: Crop, flip: bool) -> list[Tensor]:

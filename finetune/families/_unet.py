@@ -14,7 +14,7 @@ from finetune import registry
 from finetune.batch import Conditioning, joined
 from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
-from finetune.families import _clip, _latents
+from finetune.families import _beside, _clip, _latents
 from finetune.families.base import FamilySpec, Source, check_family, locate, publish_text_encoder, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
@@ -41,9 +41,9 @@ class UNetFamily:
     learned: Learned | None = None                              # the tokens that were added to the tokenizers' own
 
     def __init__(self, spec: FamilySpec, text: dict[str, Clip], source: Source, parts: dict[str, nn.Module],
-                 tokenizers: dict[str, object], scheduler):
+                 tokenizers: dict[str, object], scheduler, small_scheduler=None):
         self.spec, self.text, self.source, self.parts = spec, text, source, parts
-        self.tokenizers, self.scheduler = tokenizers, scheduler
+        self.tokenizers, self.scheduler, self.small_scheduler = tokenizers, scheduler, small_scheduler
         self.path = noising(scheduler.config)
 
     @cached_property
@@ -62,10 +62,17 @@ class UNetFamily:
         return "text_2" in self.text and bool(self.source.index.get("force_zeros_for_empty_prompt", True))
 
     @property
-    def inpaints(self) -> bool:
-        """Whether the network wants to see more than noisy latents: where to paint, and the picture without that."""
+    def shows(self) -> Literal["hole", "small"] | None:
+        """What the network wants to see beside noisy latents: the picture with a hole, where it is to paint; a small picture,
+        which it is to enlarge; or nothing."""
         unet, vae = self.source.config("unet"), self.source.config("vae")
-        return unet.get("in_channels", 4) > vae.get("latent_channels", 4)
+        more = unet.get("in_channels", 4) - vae.get("latent_channels", 4)
+        return "small" if self.small_scheduler else "hole" if more else None
+
+    @property
+    def most_noise(self) -> int:
+        """The level that the noise of a small picture is below."""
+        return self.source.index.get("max_noise_level", 350)
 
     def moments(self, pixels_B3HW: Tensor) -> Tensor:
         return _latents.moments(self.parts["vae"], pixels_B3HW)
@@ -116,6 +123,11 @@ class UNetFamily:
         """All that decides text states beside the encoders themselves."""
         return [self.long, self.zeros, *([vocabulary(words), words.pad_token_id] for words in self.tokenizers.values())]
 
+    def beside(self, shown: Tensor, seed: int, positions: list[int]) -> dict[str, Tensor]:
+        """What the data room shows, as fields of the Conditioning."""
+        make = {"hole": _beside.painting, "small": _beside.enlarging}[self.shows]
+        return make(self, shown, seed, positions)
+
     def denoise(self, x_BChw: Tensor, t_B: Tensor, conditioning: Conditioning, geometry_B6: Tensor) -> Tensor:
         """The network's prediction, (B, C, h, w) float32. Only SDXL is told the geometry, and what is pooled."""
         unet, added = self.parts["denoiser"], {}
@@ -123,6 +135,8 @@ class UNetFamily:
             x_BChw = torch.cat([x_BChw, conditioning.beside], 1)
         if conditioning.pooled is not None:
             added = {"added_cond_kwargs": {"text_embeds": conditioning.pooled.to(unet.dtype), "time_ids": geometry_B6}}
+        if conditioning.level is not None:
+            added = {"class_labels": conditioning.level}
         return unet(x_BChw.to(unet.dtype), t_B, encoder_hidden_states=conditioning.tokens.to(unet.dtype),
                     encoder_attention_mask=conditioning.mask, **added).sample.float()
 
@@ -134,8 +148,11 @@ class UNetFamily:
             tokenizer(self.spec, part): words for part, words in self.tokenizers.items()}
         # A scheduler of its own: sampling rewrites its tables.
         components["scheduler"] = type(self.scheduler).from_config(self.scheduler.config)
+        if self.shows == "small":
+            return diffusers.StableDiffusionUpscalePipeline(**components, low_res_scheduler=self.small_scheduler,
+                                                            max_noise_level=self.most_noise)
         xl = "text_2" in self.text
-        cls = getattr(diffusers, f"StableDiffusion{'XL' * xl}{'Inpaint' * self.inpaints}Pipeline")
+        cls = getattr(diffusers, f"StableDiffusion{'XL' * xl}{'Inpaint' * (self.shows == 'hole')}Pipeline")
         return cls(**components, **{"force_zeros_for_empty_prompt": self.zeros, "add_watermarker": False} if xl else
                    {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False})
 
@@ -192,7 +209,7 @@ def load(spec: FamilySpec, text: dict[str, Clip], path: str, dtype: torch.dtype 
             _clip.end_at(parts[part], bare.tokenizers[part].eos_token_id)
     if upcast:
         parts["vae"].post_quant_conv.register_forward_pre_hook(lambda layer, latents: (latents[0].float(),))
-    return UNetFamily(spec, text, bare.source, parts, bare.tokenizers, bare.scheduler)
+    return UNetFamily(spec, text, bare.source, parts, bare.tokenizers, bare.scheduler, bare.small_scheduler)
 
 
 def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | None = None,
@@ -201,4 +218,4 @@ def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | 
     source = locate(path, revision, variant)
     check_family(source, spec, registry.names("families"))
     return UNetFamily(spec, text, source, {}, {part: source.tokenizer(tokenizer(spec, part)) for part in text},
-                      source.scheduler())
+                      source.scheduler(), source.scheduler("low_res_scheduler") if spec.name == "upscaler" else None)

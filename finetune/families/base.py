@@ -99,17 +99,17 @@ class Source:
             raise FinetuneError(f"base.path: {self.path}: its {component} has {len(found)} tokens, its {encoder} {wanted}")
         return found
 
-    def scheduler(self):
+    def scheduler(self, component: str = "scheduler"):
         """The sampler that the base is published with; its config says how the base was trained."""
         import diffusers
 
         try:
-            name = self.index["scheduler"][1]
+            name = self.index[component][1]
             if not name.endswith("Scheduler"):      # the file names a class: nothing but a scheduler is built from it
                 raise ValueError(f"model_index.json: {name!r} is no scheduler")
-            return getattr(diffusers, name).from_pretrained(self.path, subfolder="scheduler", revision=self.revision)
+            return getattr(diffusers, name).from_pretrained(self.path, subfolder=component, revision=self.revision)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError) as e:
-            raise FinetuneError(f"base.path: {self.path}: its scheduler cannot be loaded\n    {e}") from None
+            raise FinetuneError(f"base.path: {self.path}: its {component} cannot be loaded\n    {e}") from None
 
     def _only_variant(self, component: str) -> str | None:
         """`fp16` for a folder that holds nothing but *.fp16.safetensors, which diffusers does not find by itself."""
@@ -190,6 +190,8 @@ def kind_of(source: Source) -> str:
     if "unet" not in source.index:
         return xl or name
     unet = source.config("unet")
+    if name == "StableDiffusionUpscalePipeline":
+        return "upscaler"
     channels, width = unet.get("in_channels", 4), unet.get("cross_attention_dim")
     if xl and (width == 1280 or "text_encoder" in source.index and not source.has("text_encoder")):
         return "the refiner of SDXL, which only ends what its base began"

@@ -45,7 +45,7 @@ class Sd3:
     """A frozen base and the only code that knows how to call it. T5 is a part that no method trains."""
 
     spec = SPEC
-    inpaints = False                        # there is no such model of SD 3
+    shows = None                            # what it is shown beside noisy latents: nothing
     learned: Learned | None = None          # the tokens that were added to the CLIPs' own; T5 reads their names
 
     def __init__(self, source: Source, parts: dict[str, nn.Module], tokenizers: dict[str, object], scheduler):

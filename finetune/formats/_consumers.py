@@ -39,6 +39,7 @@ NAMES = (
     (UNET, r"(down_blocks|mid_block|up_blocks)\..*\.to_(q|k|v|out\.0)$", "-----!-+?"),
     (UNET, r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding)\b", "-+---!-+?"),
     (UNET, r"oft_unet_", "!--!-!---"),
+    (("upscaler",), r"(lora_unet|lora_te|unet|text_encoder)[._]", "+????????"),
     (("sd3",), r"transformer\..*\.attn\.to_(q|k|v|out\.0)$", "+++--!-+?"),
     (("sd3",), r"transformer\.", "++---!-+?"),
     (("sd3",), r"base_model\.model\.", "-+---!--?"),

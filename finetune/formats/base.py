@@ -204,7 +204,7 @@ _PARTS = {
 _FAMILY_OF_VERSION = {
     "sd_v1": "sd1", "sd_v2": "sd2", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux",
     "stable-diffusion-v1": "sd1", "stable-diffusion-v2": "sd2", "stable-diffusion-xl": "sdxl",
-    "stable-diffusion-3": "sd3",
+    "stable-diffusion-3": "sd3", "sd_x4_upscaler": "upscaler", "stable-diffusion-x4-upscaler": "upscaler",
 }
 _FAMILY_OF_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 # One tensor of every adapted module. The first group: those whose first axis is the rank, and whose second the input.
@@ -273,7 +273,10 @@ def _family_of_shapes(header: Header) -> str | None:
     found = [header.tensors[key][1] for key in wide]
     if is_bare(header.tensors) or is_named(shapes(header)):
         found = [(2048,)] if "clip_g" in header.tensors else [*shapes(header).values()]
-    return next(filter(None, (_FAMILY_OF_WIDTH.get(shape[-1]) for shape in found if shape)), None)
+    family = next(filter(None, (_FAMILY_OF_WIDTH.get(shape[-1]) for shape in found if shape)), None)
+    # Of SD 2 the lowest level has no attention; of the upscaler, as wide, the highest has none.
+    lowest = any(re.search(r"(down_blocks[._]3|up_blocks[._]0)[._]attentions", key) for key in keys)
+    return "upscaler" if family == "sd2" and lowest else family
 
 
 def _alphas(header: Header) -> list[int | float]:

@@ -35,6 +35,13 @@ def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dic
     return ldm_vae(artifact, spec)
 
 
+def check(spec: FamilySpec) -> None:
+    """Raise FinetuneError for a family whose models are in no single file."""
+    if spec.name not in LAYOUTS:
+        raise FinetuneError(f"single_file: cannot hold a model of {spec.name}; {', '.join(LAYOUTS)} can be written so: "
+                            "write a diffusers folder")
+
+
 def write(family, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
     """The family in one file, its weights in `dtype`, all or nothing. FinetuneError for what the original has no place for,
     and when the disk refuses."""
@@ -42,9 +49,7 @@ def write(family, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -
 
     from finetune.families import _original
 
-    if family.spec.name not in LAYOUTS:
-        raise FinetuneError(f"{path}: a single file cannot hold a model of {family.spec.name}; {', '.join(LAYOUTS)} can be "
-                            "written so: write a diffusers folder")
+    check(family.spec)
     tensors = {}
     for part, module in family.parts.items():
         kind, prefix = LAYOUTS[family.spec.name][family.spec.components[part]]

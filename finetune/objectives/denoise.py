@@ -33,7 +33,9 @@ class Denoise:
     def __call__(self, family, batch: Batch, seed: int) -> Losses:
         device, positions, path = batch.weight.device, batch.positions, self.path or family.path
         x0 = latents(family, batch, seed)
-        conditioning = replace(batch.conditioning or family.encode_text(batch.captions), beside=batch.beside)
+        conditioning = batch.conditioning or family.encode_text(batch.captions)
+        if batch.beside is not None:
+            conditioning = replace(conditioning, **family.beside(batch.beside, seed, positions))
         fraction = self.law(laws.draw(seed, positions, self.strata))
         t = path.time(fraction, batch.geometry[:, 4:].prod(1))      # on the CPU, as all of the path
         epsilon = self.epsilon.draw(x0.shape[1:], seed, positions)

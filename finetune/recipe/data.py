@@ -116,6 +116,18 @@ class Mask(BaseModel):
     """How much a black pixel counts beside a white one."""
 
 
+class Inpaint(BaseModel):
+    """Where an inpainting model is to paint. The loss is that of the whole picture, as these models were trained."""
+
+    model_config = STRICT
+
+    masks: Text = "random"
+    """`random`: boxes and strokes, new ones at every draw, that cover 5 to 80 % of the picture; else a folder of masks
+    with the pictures' names, white where to paint."""
+    whole: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of draws in which all of the picture is to be painted."""
+
+
 class Prior(BaseModel):
     """Prior preservation (DreamBooth): pictures of the class are trained along, so that the class stays what it was."""
 
@@ -180,6 +192,8 @@ class Data(BaseModel):
     """A picture that cannot be read stops the start, or is left out and named in the log."""
     mask: Mask | None = None
     """What of a picture counts, such as `{source: alpha}`; null is all of it."""
+    inpaint: Inpaint | None = None
+    """Where an inpainting model is to paint, such as `{masks: random}`; null for any other model."""
     prior: Prior | None = None
     """Pictures of the class, such as `{prompt: a photo of a dog}`; null is none."""
     validation: Validation | None = None

@@ -31,8 +31,10 @@ def training_part(recipe: Recipe) -> dict:
     because what matters is how many it really used."""
     return recipe.model_dump(mode="json", exclude={
         "preview": True, "every": True, "export": True,
-        "data": {"images": True, "unreadable": True, "validation": True, "workers": True, "mask": {"source"}, "prior": {"images"}},
-        "base": {"path", "revision", "variant", "adapters"}, "train": {"keep_checkpoints", "keep_every", "keep_best", "patience", "max_time", "threads", "trackers"}})
+        "data": {"images": True, "unreadable": True, "validation": True, "workers": True, "mask": {"source"},
+                 "inpaint": {"masks"}, "prior": {"images"}},
+        "base": {"path", "revision", "variant", "adapters"},
+        "train": {"keep_checkpoints", "keep_every", "keep_best", "patience", "max_time", "threads", "trackers"}})
 
 
 def difference(old: Mapping, new: Mapping) -> list[str]:

@@ -59,9 +59,7 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     index, held = pictures(recipe, say, not accelerator.is_main_process)
     family = registry.find("families", recipe.base.family).load(
         recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant)
-    if family.inpaints and recipe.objective.kind == "denoise":
-        raise FinetuneError(f"base.path: {family.source.path} is an inpainting model, which is told where to paint; this version "
-                            "makes no such masks, so it cannot train it; its base without inpainting can be trained")
+    shows = shown(recipe, family)
     families.merge(family.parts, [(formats.load(a.path, family.spec), a.strength) for a in recipe.base.adapters])
     family.long = recipe.data.caption.long
     stride = family.stride
@@ -71,12 +69,29 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     weights = {name: families.fingerprint({name: part}) for name, part in family.parts.items()}
     size = recipe.train.batch_size * recipe.train.gradient_accumulation * accelerator.num_processes
     learned = learned_words(recipe, index)
-    learn = partial(stream, recipe, stride, size, stands=learned.stands)
+    learn = partial(stream, recipe, stride, size, stands=learned.stands, shows=shows)
     ground = Ground([learn(index)], family, weights, held and learn(held, "validation"), learned)
     if recipe.data.prior:
         ground.streams.append(learn(class_pictures(recipe, ground, accelerator, say), "class"))
     encode.refuse([problem for s in ground.all for problem in encode.check_pictures(s.index, s.sizes)])
     return ground
+
+
+def shown(recipe: Recipe, family) -> str | None:
+    """What the base is shown beside noisy latents, as a View has it. FinetuneError for what the two cannot do together."""
+    inpaint, shows = recipe.data.inpaint, family.shows if recipe.objective.kind == "denoise" else None
+    if inpaint and shows != "hole":
+        raise FinetuneError("data.inpaint: is for inpainting models, and what is trained here is none; leave it out")
+    if shows == "hole" and not inpaint:
+        raise FinetuneError(f"base.path: {family.source.path} is an inpainting model, which has to be told where to paint: "
+                            "add data.inpaint: {masks: random}")
+    if shows and recipe.every.preview:
+        raise FinetuneError("every.preview: this base paints nothing from a prompt alone; set it to 0 and look at what "
+                            f"finetune sample --image makes with {'--mask' if shows == 'hole' else '--upscale'}")
+    if shows == "small" and recipe.data.caption.long == "chunk":      # what they see instead of themselves is not masked
+        raise FinetuneError("data.caption.long: an upscaler's layers cannot leave out what fills shorter captions up; "
+                            "truncate instead of chunk, or shorten the captions")
+    return shows if shows != "hole" else "random" if inpaint.masks == "random" else "files"
 
 
 def check_step(recipe: Recipe, step: int) -> None:
@@ -115,7 +130,8 @@ def found(recipe: Recipe, role: Role, say: Say, quiet: bool) -> Index | None:
                "class": data.prior and data.prior.images and [Source(data.prior.images)]}[role]
     masks = data.mask.source if data.mask and role != "class" else None
     field = {"learn": "data.images", "validation": "data.validation.images", "class": "data.prior.images"}[role]
-    return build(sources, reading(recipe), masks, say, quiet, field) if sources else None
+    holes = data.inpaint.masks if data.inpaint and role != "class" else None
+    return build(sources, reading(recipe), masks, say, quiet, field, holes) if sources else None
 
 
 def usable(index: Index, recipe: Recipe, say: Say, captions: Captions | None = None) -> Index:
@@ -148,7 +164,7 @@ def words(recipe: Recipe, role: Role = "learn") -> Captions:
 
 
 def stream(recipe: Recipe, stride: int, size: int, index: Index, role: Role = "learn",
-           stands: Mapping[str, Mapping[str, str]] = {}) -> Stream:
+           stands: Mapping[str, Mapping[str, str]] = {}, shows: str | None = None) -> Stream:
     """The examples of an index in their order, as the recipe wants them seen: `size` in a step. The class has one caption
     and no masks; what is held out is always seen the same way. `stands` are the words for the values of columns."""
     data, buckets = recipe.data, recipe.data.buckets
@@ -157,10 +173,11 @@ def stream(recipe: Recipe, stride: int, size: int, index: Index, role: Role = "l
     fitted = assign(index.height, index.width, known, buckets.step if buckets and not buckets.upscale else None)
     captions = words(recipe, role) if role == "class" else replace(words(recipe, role), stands=stands)
     mask = data.mask and ("alpha" if data.mask.source == "alpha" else "files")
-    view = View(reading(recipe), data.crop == "random", data.flip, mask, data.mask.unmasked_weight if mask else 0.0, stride)
+    view = View(reading(recipe), data.crop == "random", data.flip, mask, data.mask.unmasked_weight if mask else 0.0, stride,
+                shows, data.inpaint.whole if data.inpaint else 0.0)
     weight = 1.0
     if role == "class":
-        view, weight = replace(view, mask=None), data.prior.weight
+        view, weight = replace(view, mask=None, shows="random" if shows == "files" else shows), data.prior.weight
     elif role == "validation":
         view = replace(view, random_crop=False, flip=False)
     order = Order(np.unique(fitted, axis=0, return_inverse=True)[1].ravel(), index.repeats, size, recipe.train.seed,
@@ -177,6 +194,9 @@ def class_pictures(recipe: Recipe, ground: Ground, accelerator: Accelerator, say
     missing = max(0, prior.count - (len(there) if there else 0))
     if not missing:
         return there
+    if ground.family.shows:
+        raise FinetuneError(f"data.prior: this base makes no pictures from a prompt alone: give {missing} more in "
+                            "data.prior.images, or lower data.prior.count")
     settings = prior.prompt, prior.steps, prior.guidance, recipe.data.resolution, recipe.train.seed
     where = prior_pictures.folder(*settings, ground)
     if accelerator.is_main_process:
@@ -241,6 +261,9 @@ def describe(recipe: Recipe, ground: Ground) -> list[str]:
         lines.append("buckets   " + ", ".join(f"{w}×{h}: {n}" for (h, w), n in zip(shapes.tolist(), counts.tolist())))
     if len(ground.streams) > 1:
         lines.append(f"prior     {len(ground.streams[1].index)} class pictures, as many in a step, weight {ground.streams[1].weight:g}")
+    if learn.view.shows in ("random", "files"):
+        lines.append(f"inpaint   {'drawn masks' if learn.view.shows == 'random' else 'masks of files'}, all of the picture in "
+                     f"{learn.view.whole:.0%} of the draws; what they leave is encoded in every step")
     if ground.validation:
         lines.append(f"held out  {len(ground.validation.index)} pictures")
     smaller = int((-(-learn.order.counts // size) * size > learn.order.counts).sum())

@@ -25,7 +25,7 @@ def infotext(facts: dict, loras: dict[str, float]) -> str:
     line = {"Steps": facts["steps"], "Sampler": SAMPLERS.get(scheduler, scheduler), "CFG scale": facts["guidance"],
             "Seed": facts["seed"], "Size": facts["size"], "Model": facts["base"], "RNG": "CPU",
             "Version": f"finetune {facts['version']}"}
-    if facts.get("image"):
+    if "strength" in facts:
         line["Denoising strength"] = facts["strength"]
     negative = [f"Negative prompt: {facts['negative']}"] if facts["negative"] else []
     return "\n".join([" ".join([facts["prompt"], *(f"<lora:{name}:{strength:g}>" for name, strength in loras.items())]), *negative,

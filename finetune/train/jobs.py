@@ -65,25 +65,32 @@ class Job(BaseModel):
     """White where the image is painted anew; with a folder of images a folder, with a mask of the same name for each."""
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     """How much of the image is changed; 0.8 if not given, 1 inside a mask."""
+    upscale: bool = False
+    """Make the image larger, by as much as the base does."""
 
     @model_validator(mode="after")
     def _one_verb(self) -> "Job":
         for name in ("mask", "strength"):
             if getattr(self, name) is not None and self.image is None:
                 raise ValueError(f"{name} is about an image, and there is none")
+        if self.upscale and not self.image:
+            raise ValueError("upscale is about an image, and there is none")
+        for name in ("mask", "strength", "size") if self.upscale else ():
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} does not go with upscale: all of the image is enlarged, as much as the base does")
         if self.image and int(self.steps * self.change) < 1:
-            raise ValueError(f"strength {self.strength:g} of {self.steps} steps is less than one step; take more steps")
+            raise ValueError(f"strength {self.change:g} of {self.steps} steps is less than one step; take more steps")
         return self
 
     @property
     def change(self) -> float:
         """The strength that counts: diffusers' own where none is given."""
-        return self.strength if self.strength is not None else 1.0 if self.mask else 0.8
+        return self.strength if self.strength is not None else 1.0 if self.mask or self.upscale else 0.8
 
     def facts(self) -> dict:
         """All that counted, as it is written; of a file its name alone."""
         counted = self.model_dump(mode="json", exclude_none=True, exclude={"count"})
-        return counted | ({"strength": self.change} if self.image else {})
+        return counted | ({"strength": self.change} if self.image and not self.upscale else {})
 
 
 def jobs(rows: list[Row], others: Mapping[str, object]) -> list[Job]:

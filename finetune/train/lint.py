@@ -78,6 +78,7 @@ def lint(recipe: Recipe, say: Say) -> Report:
                           recipe.base.revision, recipe.base.variant)
     if family:
         report.tried("size", ground.check_step, recipe, family.step)
+        report.tried("base", ground.shown, recipe, family)
     size = recipe.train.batch_size * recipe.train.gradient_accumulation
     learned = report.tried("token", learned_words, recipe, indexes["learn"]) if "learn" in indexes else None
     if family and learned and learned.tokens:

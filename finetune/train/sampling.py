@@ -1,6 +1,7 @@
 """Jobs → pictures, through diffusers' own pipelines over the family's own parts.
 
-What a job holds decides the verb: a prompt alone is text-to-image, with an image image-to-image, with a mask inpainting.
+What a job holds decides the verb: a prompt alone is text-to-image, with an image image-to-image, with a mask inpainting; an
+image that is to be upscaled goes to the pipeline of a base that does nothing else.
 """
 
 import inspect
@@ -27,10 +28,15 @@ WHITE = 128     # from here on diffusers takes a mask for white
 def settle(family, jobs: list[Job]) -> list[Job]:
     """The jobs, each with its size. Raises FinetuneError for what this base cannot sample, before anything is."""
     denoiser, vae = family.parts["denoiser"].config, family.parts["vae"].config
-    masked = denoiser.in_channels > vae.latent_channels
-    if masked and not all(job.mask for job in jobs):
+    masked, upscales = denoiser.in_channels > vae.latent_channels, family.shows == "small"
+    if upscales and not all(job.upscale for job in jobs):
+        raise FinetuneError("this base was made for enlarging pictures, and does nothing else: give it --image and --upscale")
+    if not upscales and any(job.upscale for job in jobs):
+        raise FinetuneError("this base cannot --upscale: that takes one made for it, as in "
+                            "--family upscaler --base stabilityai/stable-diffusion-x4-upscaler")
+    if masked and not upscales and not all(job.mask for job in jobs):
         raise FinetuneError("this base was made for inpainting, and paints nothing else: give it --image and --mask")
-    step = max(8, family.step)      # diffusers' pipelines want 8 whatever the VAE
+    step = family.stride if upscales else max(8, family.step)       # diffusers' pipelines want 8 whatever the VAE
     own = denoiser.sample_size if isinstance(denoiser.sample_size, int) else min(denoiser.sample_size)
     seen: dict[tuple, tuple[int, int]] = {}
     settled = []
@@ -45,7 +51,8 @@ def settle(family, jobs: list[Job]) -> list[Job]:
         files = job.image, job.mask
         if job.image and files not in seen:
             seen[files] = _shape(job)
-        size = shrunk(*seen[files], own * family.stride, step) if job.image else (own * family.stride,) * 2
+        most = math.inf if upscales else own * family.stride        # an image that is enlarged is not made smaller before
+        size = shrunk(*seen[files], most, step) if job.image else (own * family.stride,) * 2
         settled.append(job.model_copy(update={"size": job.size or size}))
     return settled
 
@@ -99,7 +106,7 @@ def over(pipeline, job: Job):
 
 
 def _verb(job: Job) -> str:
-    return "inpaint" if job.mask else "image" if job.image else "text"
+    return "upscale" if job.upscale else "inpaint" if job.mask else "image" if job.image else "text"
 
 
 def _pictures(pipeline, jobs: list[Job]) -> dict:
@@ -109,7 +116,7 @@ def _pictures(pipeline, jobs: list[Job]) -> dict:
         options = {"height": first.size[0], "width": first.size[1]}
     if first.image:
         cuts = [_cut(job) for job in jobs]
-        options |= {"image": [image for image, _ in cuts], "strength": first.change}
+        options |= {"image": [image for image, _ in cuts]} | ({} if first.upscale else {"strength": first.change})
         if first.mask:
             options["mask_image"] = [mask for _, mask in cuts]
     return options

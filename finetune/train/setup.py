@@ -22,6 +22,7 @@ from finetune.diffusion.noise import derive
 from finetune.diffusion.path import Discrete
 from finetune.errors import FinetuneError
 from finetune.formats import base as formats
+from finetune.formats import single_file
 from finetune.optim.ema import Ema
 from finetune.optim.optimizer import OPTIMIZERS
 from finetune.optim.rounding import rounded
@@ -134,6 +135,8 @@ def install(recipe: Recipe, base: ground.Ground) -> Together:
     for method in methods:
         for name in recipe.export:
             formats.check_kind(name, method.kind, "export: ")
+            if (name, method.kind) == ("single_file", "full"):
+                single_file.check(family.spec)
     together.install(family)
     check_said(base.learned, base.streams[0], recipe.train.max_steps, family)
     for method, start in zip(methods, starts):

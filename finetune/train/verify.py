@@ -11,7 +11,7 @@ is what the text encoder makes of prompts with it; diffusers loads the file into
 import copy
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -222,14 +222,18 @@ def merged(family, artifact, strength: float) -> Tensor:
 @torch.no_grad()
 def probe(family) -> Tensor:
     """The denoiser's output at a fixed point, as the family stands."""
-    denoiser = family.parts["denoiser"]
+    denoiser, latents = family.parts["denoiser"], family.parts["vae"].config.latent_channels
     side = min(denoiser.config.sample_size, 32)
     x = noise.normal((denoiser.config.in_channels, side, side), 0, [0, 1], "verify").to(denoiser.device)
     pixels = side * family.stride
     t = family.path.time(torch.tensor(FRACTIONS, dtype=torch.float64), torch.full((2,), pixels ** 2))
     geometry = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * 2, device=x.device, dtype=x.dtype)
     with resting(family.parts):
-        return family.denoise(x, family.path.told(t).to(x.device), family.encode_text(["a picture", "a red circle"]), geometry)
+        told = family.encode_text(["a picture", "a red circle"])
+        if family.shows:
+            level = torch.tensor([0, 20], device=x.device) if family.shows == "small" else None
+            told = replace(told, beside=x[:, latents:], level=level)
+        return family.denoise(x[:, :latents], family.path.told(t).to(x.device), told, geometry)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ SPLITS = [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]
 @pytest.mark.parametrize("batch_size,accumulation,processes", SPLITS)
 def test_any_split_and_any_number_of_workers_sees_the_same(pictures, streamed, batch_size, accumulation, processes, workers):
     """Of two streams in several buckets, whose steps are often smaller; and the shares make the same mean."""
-    streams = [streamed(pictures, 32, step=8, random_crop=True, flip=True, dropout=0.3),
+    streams = [streamed(pictures, 32, step=8, random_crop=True, flip=True, dropout=0.3, shows="random", whole=0.25),
                streamed(pictures, 32, template="a circle", weight=0.5, first=2 ** 62)]
     expected = {}
     for step in range(5):
@@ -54,7 +54,8 @@ def test_any_split_and_any_number_of_workers_sees_the_same(pictures, streamed, b
             count = len(stream.order.examples(step))
             for position, example in stream.positions(step, range(4)).items():
                 one = stream.batch({position: example}, 0.0)
-                expected[position] = (one.captions[0], one.pixels[0], one.geometry[0].tolist(), stream.weight / count)
+                expected[position] = (one.captions[0], one.pixels[0], one.geometry[0].tolist(), stream.weight / count,
+                                      one.pixels[0] if one.beside is None else one.beside[0])
     found = {}
     for process in range(processes):
         loader = Loader(streams, batch_size, accumulation, process, processes, workers)
@@ -66,12 +67,13 @@ def test_any_split_and_any_number_of_workers_sees_the_same(pictures, streamed, b
                     if batch.share:
                         assert position not in found
                         weight = batch.weight[i].item() * batch.share / processes
-                        found[position] = (batch.captions[i], batch.pixels[i], batch.geometry[i].tolist(), weight)
+                        beside = batch.pixels[i] if batch.beside is None else batch.beside[i]
+                        found[position] = (batch.captions[i], batch.pixels[i], batch.geometry[i].tolist(), weight, beside)
     assert found.keys() == expected.keys()
-    for position, (caption, pixels, geometry, weight) in found.items():
+    for position, (caption, pixels, geometry, weight, beside) in found.items():
         wanted = expected[position]
         assert caption == wanted[0] and torch.equal(pixels, wanted[1]) and geometry == wanted[2]
-        assert weight == pytest.approx(wanted[3])
+        assert weight == pytest.approx(wanted[3]) and torch.equal(beside, wanted[4])
 
 
 def test_five_buckets_batch_four_three_epochs(tmp_path, streamed):

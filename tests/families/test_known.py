@@ -1,29 +1,33 @@
 """The known models at their real size, on the meta device, from the configs that are shipped."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers, _maybe_map_sgm_blocks_to_diffusers
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from finetune import registry
+from finetune.artifact import Header
 from finetune.families import _original
 from finetune.families.base import CLIP_TARGETS
 from finetune.formats import _joint
+from finetune.formats.base import identify
 from finetune.formats._sgm import from_sgm, to_sgm
 from finetune.formats.kohya import _dotted
 from finetune.methods._targets import Part, resolve
 
 CONFIGS = Path(registry.__file__).parent / "assets" / "configs"
 SIZES = {"sd15": 859_520_964, "sd15-inpainting": 859_535_364, "sd21-base": 865_910_724, "sd21": 865_910_724, "sdxl": 2_567_463_684,
-         "sd3-medium": 2_028_328_000, "sd35-medium": 2_243_171_520, "sd35-large": 8_056_627_520}
+         "sd3-medium": 2_028_328_000, "sd35-medium": 2_243_171_520, "sd35-large": 8_056_627_520, "x4-upscaler": 473_398_020}
 MODULES = {"sd15": [192, 72], "sd15-inpainting": [192, 72], "sd21-base": [192, 138], "sd21": [192, 138], "sdxl": [722, 72, 192],
-           "sd3-medium": [285, 72, 192], "sd35-medium": [337, 72, 192], "sd35-large": [453, 72, 192]}
+           "sd3-medium": [285, 72, 192], "sd35-medium": [337, 72, 192], "sd35-large": [453, 72, 192], "x4-upscaler": [192, 138]}
 FUSED = {"sd3-medium": 189, "sd35-medium": 215, "sd35-large": 301}      # q, k and v are one layer in SD 3's original names
+FAMILIES = {"sd15": "sd1", "sd15-inpainting": "sd1", "sd21-base": "sd2", "sd21": "sd2", "sdxl": "sdxl", "x4-upscaler": "upscaler",
+            "sd3-medium": "sd3", "sd35-medium": "sd3", "sd35-large": "sd3"}
 CLASSES = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
 
 
@@ -51,12 +55,19 @@ def test_sizes_and_lora_modules(known):
     name, made = known
     count = {part: sum(p.numel() for p in module.parameters()) for part, module in made.items()}
     sd3 = "sd3" in name
-    assert count["denoiser"] == SIZES[name] and count["vae"] == (83_819_683 if sd3 else 83_653_863)
+    assert count["denoiser"] == SIZES[name]
+    assert count["vae"] == (83_819_683 if sd3 else 55_325_927 if "upscaler" in name else 83_653_863)
     # That of SD 3's CLIP-L is projected, by an identity
-    assert count["text"] == (340_387_840 if "sd21" in name else 123_650_304 if sd3 else 123_060_480)
+    small = 123_650_304 if sd3 else 123_060_480
+    assert count["text"] == (small if name[:3] in ("sd3",) or name[:4] in ("sd15", "sdxl") else 340_387_840)
     assert count.get("text_2", 694_659_840) == 694_659_840 and count.get("t5", 4_762_310_656) == 4_762_310_656
-    spec = registry.find("families", re.sub(r"(?<=sd\d)[15]|-.*", "", name)).SPEC
+    spec = registry.find("families", FAMILIES[name]).SPEC
     assert [len(paths(made, part, spec, ["all"])) for part in made if part.startswith(("denoiser", "text"))] == MODULES[name]
+    if not sd3:
+        adapted = {f"lora_unet_{path.replace('.', '_')}.lora_down.weight":
+                   ("F16", (4, *made["denoiser"].get_submodule(path).weight.shape[1:]))
+                   for path in paths(made, "denoiser", spec, ["cross_attention"])}
+        assert identify(Header(adapted, {}, {}))["family"] == spec.name
 
 
 def test_every_layer_of_sd3_has_its_place_in_the_original(known):
@@ -72,6 +83,19 @@ def test_every_layer_of_sd3_has_its_place_in_the_original(known):
     assert len(stems) == FUSED[name] and stems <= weights
     everything = [path for path, m in made["denoiser"].named_modules() if isinstance(m, torch.nn.Linear)]
     assert len(_joint.fused(dict.fromkeys(everything, lora))) > len(file)
+
+
+def test_what_it_costs_to_show_a_hole(known):
+    """The encoder, in every step, beside a forward pass of the network: in operations, for a picture of 512 pixels."""
+    name, made = known
+    if name != "sd15-inpainting":
+        return
+    with torch.device("meta"), torch.no_grad():
+        with FlopCounterMode(display=False) as encoder:
+            made["vae"].encode(torch.zeros(1, 3, 512, 512))
+        with FlopCounterMode(display=False) as network:
+            made["denoiser"](torch.zeros(1, 9, 64, 64), torch.zeros(1), torch.zeros(1, 77, 768))
+    assert [round(counted.get_total_flops() / 1e12, 1) for counted in (encoder, network)] == [1.1, 0.8]
 
 
 def test_the_names_of_sgm_are_those_that_diffusers_reads(known):

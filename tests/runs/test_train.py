@@ -108,9 +108,10 @@ def test_every_shipped_recipe_trains_two_steps(path, train, tmp_path, pictures, 
 
     first = path.read_text().splitlines()[0]
     assert first.startswith(f"# accelerate launch -m finetune train recipes/{path.name}")
-    name, recipe = path.stem.split("_")[0], load(path).recipe
-    base = member({"sd3": "sd3-medium"}.get(name, name)) if name in ("sd21", "sdxl", "sd3") else "tiny"
-    assert (recipe.base.family == "sd1") == (base == "tiny")
+    bases = {"sd21": "sd21", "sdxl": "sdxl", "sd3": "sd3-medium", "sd15_inpainting": "sd15-inpainting", "upscaler": "x4-upscaler"}
+    base = next((member(name) for start, name in bases.items() if path.stem.startswith(start)), "tiny")
+    recipe = load(path).recipe
+    assert (recipe.base.family == "sd1" and not recipe.data.inpaint) == (base == "tiny")
     small = settings(base__path=base, base__variant="null", data__resolution=64, train__max_steps=2, train__warmup_steps=0,
                      train__batch_size=24 if path.stem == "tiny_attributes" else 1, every__preview=0)      # each word is seen
     if base != "tiny":      # a CPU takes a minute for a step of real depth in bfloat16
