@@ -111,7 +111,8 @@ def test_a_call_of_the_network_is_that_of_the_pipeline(family, monkeypatch):
     with torch.no_grad():
         conditioning = family.encode_text(["", "", *CAPTIONS])
         for (sample, t, wanted), now in zip(calls, pipe.scheduler.timesteps, strict=True):
-            sample, conditioning = sample[:, :4], shown(family, conditioning, sample[:, 4:])
+            width = channels(family)
+            sample, conditioning = sample[:, :width], shown(family, conditioning, sample[:, width:])
             found = family.denoise(sample, t.expand(4), conditioning, geometry)
             assert (found - wanted).norm() <= 1e-5 * wanted.norm()
             without, guided = family.denoise(torch.cat([x, x]), now.expand(4), conditioning, geometry).chunk(2)
