@@ -63,7 +63,7 @@ def run(args) -> int:
     with adapters.on(family, []):
         wanted, plain = sampling.settle(family, wanted), sampling.settle(family, plain)
     learned = learned and learned.cut(wanted[0].size)
-    eyes = evaluate.eyes(metrics)
+    eyes = evaluate.eyes(metrics, texts)
 
     for one in who:
         for todo, places, what in ((wanted, files, ""), (plain, plainly, ", plain")):

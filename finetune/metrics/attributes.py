@@ -55,16 +55,23 @@ class Reader(nn.Module):
 eye = Reader        # what this metric looks with
 
 
-def measure(painted: Painted, reader: Reader) -> dict[str, Measured]:
-    """A picture counts for an attribute when its prompt has exactly one of the attribute's words."""
-    said = [set(re.findall(r"\w+", prompt.lower())) for prompt in painted.prompts]
-    read, found = reader.read(painted.pictures), {}
-    for head, words in reader.words.items():
-        asked = [[word for word in words if word.lower() in some] for some in said]
-        right = [float(seen[head] == one[0]) if len(one) == 1 else np.nan for seen, one in zip(read, asked)]
-        if not np.isnan(right).all():
-            found[f"{head}_right"] = share(np.array(right))
-    if not found:
-        raise FinetuneError(f"--metric attributes: no prompt has exactly one of its words, such as "
+def check(prompts: list[str], reader: Reader) -> None:
+    """Raise FinetuneError for prompts that ask for nothing that it reads."""
+    if not asked(prompts, reader):
+        raise FinetuneError("--metric attributes: no prompt has exactly one of its words, such as "
                             f"{', '.join(str(words[0]) for words in reader.words.values())}")
-    return found
+
+
+def measure(painted: Painted, reader: Reader) -> dict[str, Measured]:
+    read = reader.read(painted.pictures)
+    return {f"{head}_right": share(np.array([float(seen[head] == word) if word else np.nan for seen, word in zip(read, words)]))
+            for head, words in asked(painted.prompts, reader).items()}
+
+
+def asked(prompts: list[str], reader: Reader) -> dict[str, list[str | None]]:
+    """Attribute → the word that each prompt asks for; None, and the picture does not count, unless it has exactly one of them."""
+    said, found = [set(re.findall(r"\w+", prompt.lower())) for prompt in prompts], {}
+    for head, words in reader.words.items():
+        fits = [[word for word in words if word.lower() in some] for some in said]
+        found[head] = [some[0] if len(some) == 1 else None for some in fits]
+    return {head: words for head, words in found.items() if any(words)}

@@ -2,7 +2,8 @@
 
 A metric is a module with NEEDS (what has to be given beside prompts: see `train/evaluate.py`), MODEL (hub id of the network that
 it looks with, None where there is no usual one), BETTER ("higher", "lower", or "" where that depends on what is wanted)
-and `measure(painted, eye) -> {name: Measured}`. The eye is one of `_eye.py`, or what the module's own `eye(model)` makes.
+and `measure(painted, eye) -> {name: Measured}`. The eye is one of `_eye.py`, or what the module's own `eye(model)` makes; a
+`check(prompts, eye)` refuses prompts before anything is painted.
 
 Shapes: N pictures, R resamples, D features.
 """

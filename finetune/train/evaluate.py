@@ -92,13 +92,15 @@ def metrics(words: Sequence[str], given: set[str]) -> list[Metric]:
     return found
 
 
-def eyes(wanted: Sequence[Metric]) -> dict[str, object]:
-    """What the metrics look with, each network loaded once. Raises FinetuneError for one that cannot be."""
+def eyes(wanted: Sequence[Metric], prompts: list[str]) -> dict[str, object]:
+    """What the metrics look with, each network loaded once. Raises FinetuneError for one that cannot be, or cannot read."""
     found = {}
     for metric in wanted:
         if metric.model not in found:
             found[metric.model] = metric.module.eye(metric.model) if hasattr(metric.module, "eye") else \
                 Pixels() if metric.model == Pixels.path else Network(metric.model)
+        if hasattr(metric.module, "check"):
+            metric.module.check(prompts, found[metric.model])
     return found
 
 

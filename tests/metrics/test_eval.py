@@ -83,7 +83,7 @@ def test_one_without_a_network_as_json(adapters, words, tmp_path, capsys):
     (["--images", "nowhere"], "--images: "), (["--seeds", "0"], "at least 1")])
 def test_what_cannot_be_done(more, said, adapters, words, tmp_path, capsys):
     assert main(["eval", adapters[2], *words, *more, "--out", str(tmp_path / "out")]) == 2
-    assert said in capsys.readouterr().err
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_an_adapter(words, tmp_path, capsys):

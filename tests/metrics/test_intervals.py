@@ -5,7 +5,7 @@ import pytest
 
 from finetune.metrics import _intervals
 from finetune.metrics._intervals import facts
-from finetune.metrics.base import mean, over_pairs, share
+from finetune.metrics.base import Measured, mean, over_pairs, share
 from finetune.metrics.kid import kernel_distance
 
 REPEATS = 200
@@ -37,10 +37,18 @@ def shares(rng):
     return share((at < 0.9) * 1.0), share((np.where(rng.random(32) < 0.5, at, rng.random(32)) < 0.8) * 1.0)
 
 
+def pairs(rng):
+    """Half the squared distance of pictures of one prompt, 8 prompts of 4 seeds: its mean is the variance, here 3 numbers of 1."""
+    prompts = np.repeat(np.arange(8), 4)
+    x = 5 * rng.normal(size=(8, 3))[prompts] + rng.normal(size=(32, 3))
+    values = np.square(x[:, None] - x).sum(-1) / 2
+    return (Measured(32, over_pairs(values, prompts[:, None] == prompts)),)
+
+
 @pytest.mark.parametrize("draw, truth", [
     (lambda rng: (mean(rng.normal(3, 2, 12)),), 3), (lambda rng: (mean(gamma(rng, 24)),), 2), (two, 0.5),
     (lambda rng: (share((rng.random(24) < 0.97) * 1.0),), 0.97), (lambda rng: (share((rng.random(12) < 0.5) * 1.0),), 0.5),
-    (shares, 0.1), (lambda rng: (kernel_distance(rng.normal(size=(40, 8)), rng.normal(size=(40, 8))),), 0)])
+    (shares, 0.1), (pairs, 3), (lambda rng: (kernel_distance(rng.normal(size=(40, 8)), rng.normal(size=(40, 8))),), 0)])
 def test_an_interval_covers_the_truth_in_nine_of_ten_repeats(draw, truth):
     assert covered(draw, truth) >= 0.9
 

@@ -141,7 +141,7 @@ def test_attributes(reader, tmp_path):
     found = measured("attributes", Painted(prompts, pictures), Reader(reader))
     assert found["colour_right"]["value"] == pytest.approx(2 / 3)
     with pytest.raises(FinetuneError, match="no prompt has exactly one of its words, such as red"):
-        measured("attributes", Painted(["a wall"] * 4, pictures), Reader(reader))
+        registry.find("metrics", "attributes").check(["a wall", "yellow or blue"], Reader(reader))
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(FinetuneError, match="is no classifier that this metric reads"):
         Reader(str(tmp_path / "other.safetensors"))
