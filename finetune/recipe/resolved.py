@@ -27,7 +27,7 @@ def training_part(recipe: Recipe) -> dict:
     return recipe.model_dump(mode="json", exclude={
         "preview": True, "every": True, "export": True,
         "data": {"images": True, "unreadable": True, "validation": True, "workers": True, "mask": {"source"}, "prior": {"images"}},
-        "base": {"path", "revision", "variant", "adapters"}, "train": {"keep_checkpoints", "keep_every", "keep_best", "patience", "max_time", "threads"}})
+        "base": {"path", "revision", "variant", "adapters", "denoiser", "text", "text_2", "vae"}, "train": {"keep_checkpoints", "keep_every", "keep_best", "patience", "max_time", "threads"}})
 
 
 def difference(old: Mapping, new: Mapping) -> list[str]:

@@ -58,7 +58,8 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     device.check_precision(recipe.train.mixed_precision, recipe.base.dtype, accelerator.device)
     index, held = pictures(recipe, say, not accelerator.is_main_process)
     family = registry.find("families", recipe.base.family).load(
-        recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant)
+        recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant,
+        families.Changes(recipe.base.parts, recipe.base.clip_skip, recipe.base.quantize))
     if family.inpaints and recipe.objective.kind == "denoise":
         raise FinetuneError(f"base.path: {family.source.path} is an inpainting model, which is told where to paint; this version "
                             "makes no such masks, so it cannot train it; its base without inpainting can be trained")

@@ -193,7 +193,8 @@ def reloaded(path: Path, family, expected: dict[float, Tensor]) -> Check:
     """The probe of a whole model that is loaded again, against what is expected at strength 1."""
     device, dtype = expected[1.0].device, next(family.parts["denoiser"].parameters()).dtype
     if path.is_dir():
-        again = registry.find("families", family.spec.name).load(str(path), dtype)
+        again = registry.find("families", family.spec.name).load(
+            str(path), dtype, changes=families.Changes(clip_skip=family.source.changes.clip_skip))
     else:       # its own config may be none of the published ones
         again = copy.copy(family)
         again.parts = single_file.read(path, family)
