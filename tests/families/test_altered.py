@@ -134,7 +134,9 @@ def test_a_full_fine_tune_with_a_clip_skip_writes_whole_encoders(recipe, train, 
     recipe.write_text(recipe.read_text().replace("path: tiny", "path: tiny, clip_skip: 2").replace("max_steps: 6", "max_steps: 1"))
     words = "method={kind: full, targets: [cross_attention], text: {}}"
     assert train(recipe, tmp_path / "run", "--set", words, "--set", "train.optimizer=adamw",
-                 "--set", "train.warmup_steps=0") == 0
+                 "--set", "train.warmup_steps=0", "--set", "export=[diffusers, single_file]") == 0
+    checks = json.loads((tmp_path / "run" / "adapter" / "verify.json").read_text())
+    assert len(checks) == 2 and all(check["passed"] for found in checks.values() for check in found)
     before, after = (load_file(path / "text_encoder" / "model.safetensors") for path in (TINY, tmp_path / "run" / "adapter" / "small"))
     moved = {name for name in after if not torch.equal(after[name], before[name].float())}
     assert before.keys() == after.keys() and any(".layers.1." in name for name in moved)
