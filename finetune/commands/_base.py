@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+PARTS = "denoiser", "text", "text_2", "vae"
+
 
 def add_arguments(parser, without: str = "") -> None:
     """`without` is what happens without a base, where that is allowed."""
@@ -9,6 +11,33 @@ def add_arguments(parser, without: str = "") -> None:
     parser.add_argument("--family", default="sd1")
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--variant", help="of the weight files, such as fp16")
+    parts_arguments(parser)
+
+
+def parts_arguments(parser) -> None:
+    parts = parser.add_argument_group("parts of the base from elsewhere", "Each a diffusers folder, of a model or of the part "
+                                      "alone, or a .safetensors file.")
+    for part in PARTS:
+        parts.add_argument(f"--{part.replace('_', '-')}", metavar="PATH")
+
+
+def clip_skip_argument(parser) -> None:
+    parser.add_argument("--clip-skip", type=int, default=1, metavar="N",
+                        help="leave out the last N - 1 layers of the text encoder, as web UIs count; 1 if not given")
+
+
+def changes(args):
+    """What the words want to be otherwise about the base. FinetuneError for words about a base where there is none."""
+    from finetune.errors import FinetuneError
+    from finetune.families.base import Changes
+
+    skip = getattr(args, "clip_skip", 1)
+    if skip < 1:
+        raise FinetuneError(f"--clip-skip {skip}: at least 1, which leaves nothing out")
+    parts = {part: path for part in PARTS if (path := getattr(args, part))}
+    if not args.base and (parts or skip > 1):
+        raise FinetuneError(f"--{next(iter(parts), 'clip-skip').replace('_', '-')}: is of a base, and there is none; give --base")
+    return Changes(parts, skip)
 
 
 def dtype(name: str):
@@ -24,7 +53,7 @@ def load(args, numbers):
     """The family over its base, in these numbers."""
     from finetune import registry
 
-    return registry.find("families", args.family).load(args.base, numbers, args.revision, args.variant)
+    return registry.find("families", args.family).load(args.base, numbers, args.revision, args.variant, changes(args))
 
 
 def make(folder: Path) -> None:

@@ -27,6 +27,7 @@ def run(args) -> int:
     from finetune.train.adapters import named
 
     size, adapters = _lora.cut(args), [named(text) for text in args.adapter]
+    _base.changes(args)
     if args.base and (size or args.json):
         raise FinetuneError("--rank, --energy, --frobenius and --json are for several adapters into one, without --base")
     return into_base(args, adapters) if args.base else into_one(args, adapters, size)

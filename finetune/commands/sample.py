@@ -10,6 +10,7 @@ OF_A_JOB = ("negative", "seed", "count", "steps", "guidance", "size", "image", "
 
 def add_arguments(parser) -> None:
     _base.add_arguments(parser)
+    _base.clip_skip_argument(parser)
     parser.add_argument("--adapter", action="append", default=[], metavar="FILE[:STRENGTH]",
                         help="can be repeated; prompts name a learned token as its file is named")
     parser.add_argument("--strengths", default="1", metavar="S,S,…",
@@ -45,6 +46,7 @@ def run(args) -> int:
     from finetune.errors import FinetuneError
     from finetune.train.jobs import jobs, read
 
+    changes = _base.changes(args)
     if args.batch < 1:
         raise FinetuneError(f"--batch {args.batch}: at least 1")
     if args.grid and args.grid.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -80,6 +82,7 @@ def run(args) -> int:
             pipeline = family.pipeline()
             pipeline.scheduler = scheduler or pipeline.scheduler
             facts = {"base": family.source.name, "scheduler": type(pipeline.scheduler).__name__, "version": __version__,
+                     "clip_skip": changes.clip_skip, "parts": {part: Path(path).name for part, path in changes.parts.items()},
                      "adapters": {each.path.name: each.strength * factor for each in loaded}}
             loras = {each.path.stem: each.strength * factor for each in loaded if each.artifact.kind == "lora" and factor}
             for job, path, picture in zip(wanted, paths, sampling.generate(pipeline, wanted, args.batch, say)):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from finetune.commands import _base
 
 def add_arguments(parser) -> None:
     parser.add_argument("file", type=Path, help="an adapter")
@@ -10,6 +11,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--variant", help="of the weight files, such as fp16")
     parser.add_argument("--family", help="of the base; what the file says of itself by default")
+    _base.parts_arguments(parser)
+    _base.clip_skip_argument(parser)
     parser.add_argument("--json", action="store_true", help="the result as JSON")
 
 
@@ -24,8 +27,9 @@ def run(args) -> int:
     if not args.file.is_file():
         raise FinetuneError(f"{args.file}: there is no such file")
     module = registry.find("families", formats.family_of(args.file, args.family))
+    changes = _base.changes(args)
     if args.base:
-        checks = verify.verify(args.file, module.load(args.base, torch.float32, args.revision, args.variant))
+        checks = verify.verify(args.file, module.load(args.base, torch.float32, args.revision, args.variant, changes))
     else:
         checks = verify.alone(args.file, module.SPEC)[1] + verify.tools(args.file, module.SPEC)
     print(verify.as_json({args.file.name: checks}) if args.json else f"{args.file}\n{verify.table(checks)}")

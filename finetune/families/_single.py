@@ -19,6 +19,7 @@ from finetune.artifact import Header, published, read_header
 from finetune.errors import FinetuneError
 from finetune.families import _original
 from finetune.families._identify import Known, Place, identify
+from finetune.families.base import Changes, Source
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -36,6 +37,7 @@ class SingleFile:
     configs: dict[str, dict]        # model_index, and that of every component
     revision: None = None
     variant: None = None
+    changes = Changes()
 
     @property
     def name(self) -> str:
@@ -64,7 +66,7 @@ class SingleFile:
         """A frozen part in eval mode. Raises FinetuneError when it is not in the file or does not fit the config."""
         try:
             if component not in self.known.places:
-                raise FinetuneError(f"it holds no {component}: give a whole checkpoint, or the {component} by itself")
+                raise FinetuneError(f"it holds no {component}: give a whole checkpoint, or the part by itself, such as base.vae")
             return load(self.path, self.known.places[component], cls, self.config(component), dtype)
         except FinetuneError as e:
             raise FinetuneError(f"base.path: {self.path}: {e}") from None
@@ -193,39 +195,45 @@ def check(header: Header, place: Place, table: list[_original.Row], shapes: Mapp
                             f"{prefix}{strange[0]}; it is of another model")
 
 
-def part(path: str, cls: type, component: str, dtype: torch.dtype, config: dict) -> nn.Module:
+def part(path: Path, cls: type, component: str, dtype: torch.dtype, config: dict) -> nn.Module:
     """A frozen part in place of a base's own: from a diffusers folder, that of a pipeline or of the part, or from a file.
 
     `config` is the base's. Raises FinetuneError for a part that is none, or whose shapes or scale are another family's.
     A VAE of SDXL in a file of its own cannot be told from one of SD 1: their shapes are the same."""
-    from finetune.families.base import Source
-
-    path = Path(path).expanduser()
+    if folder := folder_of(path, component):
+        own = Source(str(folder.parent), None, None, {})
+        _same_scale(path, own.config(folder.name), config)
+        found = own.load(cls, folder.name, dtype)
+        wanted = {name: t.shape for name, t in empty(cls, config).state_dict().items()}
+        if wrong := [name for name, t in found.state_dict().items() if wanted.get(name) != t.shape]:
+            raise FinetuneError(f"{path}: {len(wrong)} tensors are not of the base's shape, for example {wrong[0]}")
+        return found
     try:
-        if path.is_dir():
-            folder = path / component if (path / component).is_dir() else path
-            own = Source(str(folder.parent), None, None, {})
-            _same_scale(own.config(folder.name), config)
-            found = own.load(cls, folder.name, dtype)
-            wanted = {name: t.shape for name, t in empty(cls, config).state_dict().items()}
-            if wrong := [name for name, t in found.state_dict().items() if wanted.get(name) != t.shape]:
-                raise FinetuneError(f"{len(wrong)} tensors are not of the base's shape, for example {wrong[0]}")
-            return found
         known = identify(read_header(path))
         place = known.places.get(component) or (known.places.get("text_encoder") if "text" in component else None)
         if not place:
             raise FinetuneError(f"it holds no {component}, but {', '.join(known.places)}")
         if known.name:
-            _same_scale(configs(known)[component], config)
+            _same_scale(path, configs(known)[component], config)
         return load(str(path), place, cls, config, dtype)
     except FinetuneError as e:
-        raise FinetuneError(f"base.{component}: {path}: {e}") from None
+        raise FinetuneError(str(e) if str(e).startswith(str(path)) else f"{path}: {e}") from None
 
 
-def _same_scale(own: dict, config: dict) -> None:
-    for key in ("scaling_factor", "shift_factor"):
-        if own.get(key) != config.get(key):
-            raise FinetuneError(f"its {key} is {own.get(key)}, and the base's is {config.get(key)}: it is of another family")
+def folder_of(path: Path, component: str) -> Path | None:
+    """The component's own folder, where a path is that or a whole model's."""
+    return (path / component if (path / component).is_dir() else path) if path.is_dir() else None
+
+
+def says_scale(path: Path) -> bool:
+    """Whether a VAE comes with the factor that its latents are scaled by: a folder does, and a whole model of a known family."""
+    return path.is_dir() or identify(read_header(path)).name is not None
+
+
+def _same_scale(path: Path, own: dict, config: dict) -> None:
+    for key, usual in (("scaling_factor", 0.18215), ("shift_factor", None)):      # what diffusers takes where a config is silent
+        if (mine := own.get(key, usual)) != (base := config.get(key, usual)):
+            raise FinetuneError(f"{path}: its {key} is {mine}, and the base's is {base}: it is of another family")
 
 
 def clip_tokenizer(config: dict) -> CLIPTokenizer:

@@ -15,7 +15,8 @@ from finetune.batch import Conditioning, joined
 from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
 from finetune.families import _beside, _clip, _latents
-from finetune.families.base import FamilySpec, Source, check_family, locate, publish_text_encoder, vocabulary
+from finetune.families._altered import altered
+from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, publish_text_encoder, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
 
@@ -121,7 +122,9 @@ class UNetFamily:
 
     def text_settings(self) -> list:
         """All that decides text states beside the encoders themselves."""
-        return [self.long, self.zeros, *([vocabulary(words), words.pad_token_id] for words in self.tokenizers.values())]
+        skip = self.source.changes.clip_skip
+        return [self.long, self.zeros, *([vocabulary(words), words.pad_token_id] for words in self.tokenizers.values()),
+                *([f"clip skip {skip}"] if skip > 1 else [])]
 
     def beside(self, shown: Tensor, seed: int, positions: list[int]) -> dict[str, Tensor]:
         """What the data room shows, as fields of the Conditioning."""
@@ -191,9 +194,9 @@ def noising(config) -> Discrete:
 
 
 def load(spec: FamilySpec, text: dict[str, Clip], path: str, dtype: torch.dtype = torch.float32, revision: str | None = None,
-         variant: str | None = None) -> UNetFamily:
+         variant: str | None = None, changes: Changes = Changes()) -> UNetFamily:
     """The base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is another family's."""
-    bare = outline(spec, text, path, revision, variant)
+    bare = outline(spec, text, path, revision, variant, changes)
     import diffusers
     import transformers
 
@@ -213,9 +216,10 @@ def load(spec: FamilySpec, text: dict[str, Clip], path: str, dtype: torch.dtype 
 
 
 def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | None = None,
-            variant: str | None = None) -> UNetFamily:
+            variant: str | None = None, changes: Changes = Changes()) -> UNetFamily:
     """The base without its parts and their weights: enough to count tokens and to plan sizes."""
     source = locate(path, revision, variant)
     check_family(source, spec, registry.names("families"))
+    source = altered(source, spec, changes)
     return UNetFamily(spec, text, source, {}, {part: source.tokenizer(tokenizer(spec, part)) for part in text},
                       source.scheduler(), source.scheduler("low_res_scheduler") if spec.name == "upscaler" else None)

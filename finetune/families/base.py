@@ -5,8 +5,9 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from finetune import tokens
 from finetune.artifact import WHOLE, Artifact, modules, read_tensors, write_safetensors
 from finetune.change import change, misfit
 from finetune.errors import FinetuneError
+from finetune.families._quantized import whole
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +48,15 @@ CLIP_TARGETS = {"attention": CLIP_ATTENTION, "feed_forward": CLIP_FEED_FORWARD, 
 
 
 @dataclass(frozen=True)
+class Changes:
+    """What the words of a base want to be otherwise, see _altered.py."""
+
+    parts: Mapping[str, str] = field(default_factory=dict)      # part -> the folder or file that it is taken from
+    clip_skip: int = 1                                          # 1 is none, as web UIs count
+    quantize: str | None = None                                 # nf4 or int8: all but the VAE
+
+
+@dataclass(frozen=True)
 class Source:
     """Where a base comes from: a diffusers folder or a hub id. All of a base's files are read through it.
 
@@ -56,6 +67,7 @@ class Source:
     variant: str | None
     index: dict             # model_index.json
     notes = ()              # what is worth saying before a run: a single file has some
+    changes = Changes()
 
     @property
     def name(self) -> str:
@@ -201,14 +213,22 @@ def kind_of(source: Source) -> str:
     return xl or {768: "sd1", 1024: "sd2"}.get(width) or ("sd2" if unet.get("use_linear_projection") else "sd1")
 
 
-def weight(parts: dict[str, nn.Module], part: str, path: str, role: str = "weight") -> nn.Parameter | None:
-    """The weight, or the bias, of a module by its published name; transformers ≥ 5.6 drops `text_model.` in memory."""
+def layer(parts: dict[str, nn.Module], part: str, path: str) -> nn.Module | None:
+    """A module by its published name; transformers ≥ 5.6 drops `text_model.` in memory."""
     for name in (path, path.removeprefix("text_model.")):
         try:
-            return parts[part].get_submodule(name).get_parameter(role)
+            return parts[part].get_submodule(name)
         except (KeyError, AttributeError):
             continue
     return None
+
+
+def weight(parts: dict[str, nn.Module], part: str, path: str, role: str = "weight") -> nn.Parameter | None:
+    """The weight, or the bias, of a module by its published name. Of a quantized layer a copy, but within `merged`."""
+    try:
+        return layer(parts, part, path).get_parameter(role)
+    except AttributeError:
+        return None
 
 
 def touched(parts: dict[str, nn.Module], artifact: Artifact):
@@ -263,13 +283,15 @@ def merge(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]) -
 @contextmanager
 def merged(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]):
     """Inside, the weights hold the merged adapters; afterwards, what they were, bit for bit."""
-    before = merge(parts, adapters)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for p, value in before:
-                p.copy_(value)
+    changed = (layer(parts, *key) for artifact, _ in adapters for key in modules(artifact.tensors))
+    with whole(m for each in changed if each is not None for m in each.modules()):
+        before = merge(parts, adapters)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in before:
+                    p.copy_(value)
 
 
 def write(family, path: Path, dtype: torch.dtype) -> None:

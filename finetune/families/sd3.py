@@ -18,7 +18,8 @@ from finetune.diffusion.path import RectifiedFlow
 from finetune.errors import FinetuneError
 from finetune.families import _clip, _latents
 from finetune.families._clip import Clip
-from finetune.families.base import FamilySpec, Source, check_family, locate, publish_text_encoder, vocabulary
+from finetune.families._altered import altered
+from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, publish_text_encoder, vocabulary
 from finetune.tokens import Learned
 
 # Where text and picture meet; without patterns that not every version has: only 3.5 medium has an attn2, of the picture alone.
@@ -163,9 +164,10 @@ def noising(config) -> RectifiedFlow:
     return RectifiedFlow(config.shift)
 
 
-def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = None, variant: str | None = None) -> Sd3:
+def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = None, variant: str | None = None,
+         changes: Changes = Changes()) -> Sd3:
     """The base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is another family's."""
-    bare = outline(path, revision, variant)
+    bare = outline(path, revision, variant, changes)
     import diffusers
     import transformers
 
@@ -182,9 +184,10 @@ def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = N
     return Sd3(bare.source, parts, bare.tokenizers, bare.scheduler)
 
 
-def outline(path: str, revision: str | None = None, variant: str | None = None) -> Sd3:
+def outline(path: str, revision: str | None = None, variant: str | None = None, changes: Changes = Changes()) -> Sd3:
     """The base without its parts and their weights: enough to count tokens and to plan sizes."""
     source = locate(path, revision, variant)
     check_family(source, SPEC, registry.names("families"))
+    source = altered(source, SPEC, changes)
     there = [part for part in TOKENIZERS if part != "t5" or source.has("text_encoder_3") and source.has("tokenizer_3")]
     return Sd3(source, {}, {part: source.tokenizer(TOKENIZERS[part]) for part in there}, source.scheduler())

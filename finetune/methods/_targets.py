@@ -9,6 +9,7 @@ from torch import nn
 
 from finetune.artifact import published
 from finetune.errors import FinetuneError
+from finetune.families._altered import unused
 
 ADAPTED = (nn.Linear, nn.Conv2d)
 Number = TypeVar("Number", int, float)
@@ -27,8 +28,10 @@ def resolve(targets: list[str], part: Part, field: str) -> list[str]:
     """The paths of the modules that the targets name, sorted. A target is a group of the family, or a pattern with `*`
     that has to fit a module's whole path or the end of it. Raises FinetuneError for one that names nothing."""
     groups = part.groups
-    paths = [path for path, m in part.module.named_modules() if isinstance(m, ADAPTED)]
-    others = {path for path, m in part.module.named_modules() if path} - set(paths)
+    idle = unused(part.module)
+    modules = {path: m for path, m in part.module.named_modules() if path and not path.startswith(idle)}
+    paths = [path for path, m in modules.items() if isinstance(m, ADAPTED)]
+    others = modules.keys() - set(paths)
 
     def fitting(pattern: str, among) -> set[str]:
         return {path for path in among if any(fnmatchcase(name, p) for name in (path, published(path))

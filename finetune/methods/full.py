@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from finetune.artifact import Artifact, published
 from finetune.errors import FinetuneError
+from finetune.families._altered import unused
 from finetune.lowrank import Cut, differences, error, packed
 from finetune.methods._targets import ADAPTED, Part, resolve
 from finetune.methods._weights import Weights
@@ -46,7 +47,9 @@ class Full:
         """The parameters of a part that are trained. Raises FinetuneError for words that name none."""
         module = family.parts[part]
         if part != "denoiser":
-            return {name: p for name, p in module.named_parameters() if name.removeprefix("text_model.").startswith(ENCODER)}
+            idle = unused(module)
+            return {name: p for name, p in module.named_parameters()
+                    if name.removeprefix("text_model.").startswith(ENCODER) and not name.startswith(idle)}
         if self.targets is None:
             return dict(module.named_parameters())
         paths = resolve(self.targets, Part(f"{family.spec.name}.denoiser", module, family.spec.targets), "method.targets")

@@ -67,6 +67,32 @@ class Base(BaseModel):
     adapters: Annotated[Many[Merged], list_of("path")] = ()
     """Adapters that are merged into the base first, such as `[{path: style.safetensors, strength: 0.8}]`. What is trained
     then is meant for this base with these adapters."""
+    denoiser: Text | None = None
+    """Take the denoiser from elsewhere: a diffusers folder, of a model or of the part alone, or a .safetensors file."""
+    text: Text | None = None
+    """Take the text encoder from elsewhere, likewise."""
+    text_2: Text | None = None
+    """Take the second text encoder from elsewhere, likewise."""
+    vae: Text | None = None
+    """Take the VAE from elsewhere, likewise; also for a checkpoint that has none."""
+    clip_skip: Positive = 1
+    """Leave out the last layers of the text encoder of sd1 and sd2, counted as web UIs do: 1 is none, 2 the last one."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Hold the frozen weights of the denoiser's and the text encoders' linear layers in 4 or 8 bits, for less memory and a
+    slower step; adapters stay float32. It needs bitsandbytes. See docs/decisions/0012."""
+
+    @field_validator("quantize")
+    @classmethod
+    def _nothing_to_merge(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value and info.data.get("adapters"):
+            raise ValueError("base.adapters cannot be merged into few bits; merge them first, with `finetune merge`, and give what "
+                             "that writes as base.path")
+        return value
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The parts that come from elsewhere."""
+        return {part: path for part in ("denoiser", "text", "text_2", "vae") if (path := getattr(self, part))}
 
 
 class Preview(BaseModel):
@@ -126,8 +152,13 @@ class Recipe(BaseModel):
 
     @field_validator("method")
     @classmethod
-    def _each_kind_once(cls, methods: tuple[Method, ...]) -> tuple[Method, ...]:
-        different(tuple(method.kind for method in methods))
+    def _each_kind_once(cls, methods: tuple[Method, ...], info: ValidationInfo) -> tuple[Method, ...]:
+        kinds = tuple(method.kind for method in methods)
+        different(kinds)
+        base = info.data.get("base")
+        if base and base.quantize and (own := {"full", "vae_decoder"} & set(kinds)):
+            raise ValueError(f"{own.pop()} trains weights of the base, which base.quantize: {base.quantize} holds in few bits; "
+                             "leave one of them out")
         return methods
 
     @field_validator("objective", "train", mode="before")

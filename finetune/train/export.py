@@ -109,7 +109,9 @@ def metadata(run: Run) -> dict[str, str]:
     learned = run.loader.streams[0]
     images = [{"path": _name(source.path), "repeats": source.repeats} for source in run.recipe.data.images]
     adapters = [{"path": Path(a.path).name, "strength": a.strength} for a in run.recipe.base.adapters]
-    told = recipe | {"base": recipe["base"] | {"path": base, "adapters": adapters}, "data": {"images": images} | named(recipe["data"])}
+    replaced = {part: _name(path) for part, path in run.recipe.base.parts.items()}
+    told = recipe | {"base": recipe["base"] | {"path": base, "adapters": adapters} | replaced,
+                     "data": {"images": images} | named(recipe["data"])}
     told["method"] = [method | ({"start_from": Path(method["start_from"]).name} if method.get("start_from") else {})
                       for method in recipe["method"]]
     train, caption = told["train"], run.recipe.data.caption
@@ -124,6 +126,8 @@ def metadata(run: Run) -> dict[str, str]:
         "finetune.data": run.identity["exact"]["data"],
         "ss_output_name": name,
         "ss_sd_model_name": base,
+        "ss_vae_name": replaced.get("vae", ""),
+        "ss_clip_skip": str(skip) if (skip := run.recipe.base.clip_skip) > 1 else "",
         "ss_steps": str(train["max_steps"]),
         "ss_max_train_steps": str(train["max_steps"]),
         "ss_num_train_images": str(learned.index.repeats.sum()),

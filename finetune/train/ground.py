@@ -58,7 +58,8 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     device.check_precision(recipe.train.mixed_precision, recipe.base.dtype, accelerator.device)
     index, held = pictures(recipe, say, not accelerator.is_main_process)
     family = registry.find("families", recipe.base.family).load(
-        recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant)
+        recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant,
+        families.Changes(recipe.base.parts, recipe.base.clip_skip, recipe.base.quantize))
     shows = shown(recipe, family)
     families.merge(family.parts, [(formats.load(a.path, family.spec), a.strength) for a in recipe.base.adapters])
     family.long = recipe.data.caption.long

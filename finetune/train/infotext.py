@@ -12,7 +12,7 @@ SAMPLERS = {    # of the web UI, where diffusers has the same
 
 
 def png_info(facts: dict, loras: dict[str, float]) -> PngInfo:
-    """`facts` are those of a job, with `base`, `scheduler` and `version`; `loras` the names and strengths of those that are on."""
+    """`facts` are those of a job, with `base`, `parts`, `clip_skip`, `scheduler` and `version`; `loras` the names and strengths of those that are on."""
     info = PngInfo()
     info.add_itxt("parameters", infotext(facts, loras))
     info.add_itxt("finetune", json.dumps(facts, ensure_ascii=False))
@@ -25,6 +25,10 @@ def infotext(facts: dict, loras: dict[str, float]) -> str:
     line = {"Steps": facts["steps"], "Sampler": SAMPLERS.get(scheduler, scheduler), "CFG scale": facts["guidance"],
             "Seed": facts["seed"], "Size": facts["size"], "Model": facts["base"], "RNG": "CPU",
             "Version": f"finetune {facts['version']}"}
+    if "vae" in facts["parts"]:
+        line["VAE"] = facts["parts"]["vae"]
+    if facts["clip_skip"] > 1:
+        line["Clip skip"] = facts["clip_skip"]
     if "strength" in facts:
         line["Denoising strength"] = facts["strength"]
     negative = [f"Negative prompt: {facts['negative']}"] if facts["negative"] else []

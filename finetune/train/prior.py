@@ -19,8 +19,9 @@ AT_ONCE = 4
 def folder(prompt: str, steps: int, guidance: float, resolution: int, seed: int, ground) -> Path:
     """Where the pictures of these settings are kept."""
     sampler = {name: value for name, value in ground.family.scheduler.config.items() if not name.startswith("_diffusers")}
+    skip = ground.family.source.changes.clip_skip
     made_from = cache.key("class pictures", prompt, steps, guidance, resolution, seed, ground.weights,
-                          type(ground.family.scheduler).__name__, sampler)
+                          type(ground.family.scheduler).__name__, sampler, *([skip] if skip > 1 else []))
     return cache.home().parent / "class" / made_from
 
 

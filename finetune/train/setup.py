@@ -109,7 +109,8 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     trained = sum(p.numel() for p in parameters.values())
     path = getattr(objective, "path", None) or family.path      # the recipe may have one of its own
     zero = ", zero terminal SNR" if isinstance(path, Discrete) and path.alphas_cumprod[-1] == 0 else ""
-    say(f"base      {family.source.name} ({family.spec.name}, {path.prediction}{zero}, {recipe.base.dtype})")
+    bits = f", {recipe.base.quantize}" if recipe.base.quantize else ""
+    say(f"base      {family.source.name} ({family.spec.name}, {path.prediction}{zero}, {recipe.base.dtype}{bits})")
     for note in family.source.notes:
         say(f"note: {note}")
     for line in ground.describe(recipe, base):

@@ -22,6 +22,7 @@ from finetune.artifact import WHOLE, Artifact, modules, read_header
 from finetune.change import core
 from finetune.diffusion import noise
 from finetune.families import base as families
+from finetune.families._altered import leave_out
 from finetune.formats import base as formats
 from finetune.formats import _consumers as consumers
 from finetune.formats import kohya, single_file
@@ -198,11 +199,14 @@ def by_itself(artifact: Artifact, family, wanted: Tensor) -> Check:
 def reloaded(path: Path, family, expected: dict[float, Tensor]) -> Check:
     """The probe of a whole model that is loaded again, against what is expected at strength 1."""
     device, dtype = expected[1.0].device, next(family.parts["denoiser"].parameters()).dtype
+    skip = family.source.changes.clip_skip
     if path.is_dir():
-        again = registry.find("families", family.spec.name).load(str(path), dtype)
+        again = registry.find("families", family.spec.name).load(str(path), dtype, changes=families.Changes(clip_skip=skip))
     else:       # its own config may be none of the published ones
         again = copy.copy(family)
         again.parts = single_file.read(path, family)
+        for part in tokens.text_parts(family):
+            leave_out(again.parts[part], skip - 1)
     for part in again.parts.values():
         part.to(device)
     return compared(again, "loaded again as a base", probe(again), expected[1.0])

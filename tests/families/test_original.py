@@ -349,7 +349,7 @@ def test_a_part_comes_from_a_folder_or_a_file_and_fits_the_base(tmp_path):
         assert same(found.state_dict(), text.state_dict()), path
 
     for path, config, said in (
-        ("base", {"scaling_factor": 0.13025}, "base.vae: .*its scaling_factor is 0.18215, and the base's is 0.13025"),
+        ("base", {"scaling_factor": 0.13025}, "base: its scaling_factor is 0.18215, and the base's is 0.13025"),
         ("whole.safetensors", {"scaling_factor": 0.13025}, "its scaling_factor is 0.18215"),
         ("base/vae", {"latent_channels": 16}, "tensors are not of the base's shape"),
         ("vae.safetensors", {"latent_channels": 16}, "other shapes than this model's"),
@@ -357,3 +357,19 @@ def test_a_part_comes_from_a_folder_or_a_file_and_fits_the_base(tmp_path):
     ):
         with pytest.raises(FinetuneError, match=said):
             _single.part(tmp_path / path, AutoencoderKL, "vae", torch.float32, configs["vae"] | config)
+
+
+def test_a_checkpoint_without_a_vae_takes_one(tmp_path, monkeypatch):
+    from finetune.families import sd1
+    from finetune.families.base import Changes
+
+    found, modules = shrunk("sd15"), parts(shrunk("sd15"))
+    monkeypatch.setattr(_single, "configs", lambda known: found)
+    file = tmp_path / "pruned.safetensors"
+    save_file(original("sd1", {name: module for name, module in modules.items() if name != "vae"}), file)
+    modules["vae"].save_pretrained(tmp_path / "vae")
+    with pytest.raises(FinetuneError, match="it holds no vae: .* or the part by itself, such as base.vae"):
+        sd1.load(str(file))
+    family = sd1.load(str(file), changes=Changes({"vae": str(tmp_path / "vae")}))
+    assert same(family.parts["vae"].state_dict(), modules["vae"].state_dict())
+    assert same(family.parts["denoiser"].state_dict(), modules["unet"].state_dict())

@@ -1,0 +1,117 @@
+"""A base that is not taken as it is: with parts from elsewhere, without the last layers of its text encoder, in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from finetune.errors import FinetuneError
+from finetune.families import _single
+from finetune.families._quantized import quantize
+from finetune.families.base import Changes, FamilySpec, Source, locate
+
+
+@dataclass(frozen=True)
+class Altered:
+    """A source that stands before another: what is changed comes from here, all else from there."""
+
+    source: Source | _single.SingleFile
+    changes: Changes
+    replaced: dict[str, str]        # component -> the part that it is
+
+    def __getattr__(self, name: str):
+        return getattr(self.source, name)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Where each part comes from, and what cannot be known: the VAEs of SD 1 and SDXL are alike but for the factor that
+        their latents are scaled by, and this is in a config only."""
+        found = list(self.source.notes)
+        for component, part in self.replaced.items():
+            unsure = "; a file does not say how its latents are scaled: it is taken for one of this family"
+            bare = part == "vae" and not _single.says_scale(self.path_of(component))
+            found.append(f"its {part} is that of {self.path_of(component).name}" + unsure * bare)
+        return tuple(found)
+
+    def path_of(self, component: str) -> Path:
+        return Path(self.changes.parts[self.replaced[component]]).expanduser()
+
+    def has(self, component: str) -> bool:
+        return component in self.replaced or self.source.has(component)
+
+    def config(self, component: str) -> dict:
+        """What a folder says of its own part goes before what the base says: such as that a VAE can do with float16."""
+        folder = component in self.replaced and _single.folder_of(self.path_of(component), component)
+        return Source(str(folder.parent), None, None, {}).config(folder.name) if folder else self.source.config(component)
+
+    def load(self, cls: type, component: str, dtype: torch.dtype) -> nn.Module:
+        """As `Source.load`."""
+        found = self.replacement(cls, component, dtype) if component in self.replaced else self.source.load(cls, component, dtype)
+        if component.startswith("text_encoder"):
+            leave_out(found, self.changes.clip_skip - 1)
+        if self.changes.quantize and component != "vae":
+            quantize(found, self.changes.quantize)
+        return found
+
+    def replacement(self, cls: type, component: str, dtype: torch.dtype) -> nn.Module:
+        part, path = self.replaced[component], self.path_of(component)
+        try:
+            if part == "denoiser":
+                own, base = predicts(path), self.source.scheduler().config.get("prediction_type")
+                if own and own != base:
+                    raise FinetuneError(f"{path}: it predicts {own}, and the base {base}: give it as base.path")
+            return _single.part(path, cls, component, dtype, self.source.config(component))
+        except FinetuneError as e:
+            raise FinetuneError(f"base.{part}: {str(e).removeprefix('base.path: ')}") from None
+
+
+def altered(source: Source, spec: FamilySpec, changes: Changes) -> Source | Altered:
+    """The source with these changes. Raises FinetuneError for those that the family does not know."""
+    if changes == Changes():
+        return source
+    if unknown := [part for part in changes.parts if part not in spec.components]:
+        raise FinetuneError(f"base.{unknown[0]}: {spec.name} has no such part; it has {', '.join(spec.components)}")
+    if changes.clip_skip > 1 and "text_2" in spec.components:
+        raise FinetuneError(f"base.clip_skip: {spec.name} always takes its text encoders one layer before the last; leave it out")
+    return Altered(source, changes, {spec.components[part]: part for part in changes.parts})
+
+
+def predicts(path: Path) -> str | None:
+    """What a denoiser's file, or the model around it, says that it predicts."""
+    if path.is_file():
+        return _single.source(str(path)).known.prediction
+    return locate(str(path)).scheduler().config.get("prediction_type") if (path / "model_index.json").is_file() else None
+
+
+class Layers(nn.ModuleList):
+    """The layers of an encoder, of which the last `unused` do not run. They stay where they are, so that what is written is
+    whole, and an adapter that has something for them still fits."""
+
+    unused = 0
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return islice(super().__iter__(), len(self) - self.unused)
+
+
+def leave_out(encoder: nn.Module, count: int) -> None:
+    """Have the encoder end so many layers earlier, its last norm behind them, as web UIs do for a clip skip of count + 1.
+
+    Raises FinetuneError when it has not as many."""
+    if not count:
+        return
+    owner = next(m for m in encoder.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList))
+    if count >= len(owner.layers):
+        raise FinetuneError(f"base.clip_skip: {count + 1} leaves none of the {len(owner.layers)} layers; at most {len(owner.layers)}")
+    owner.layers = Layers(owner.layers)
+    owner.layers.unused = count
+
+
+def unused(module: nn.Module) -> tuple[str, ...]:
+    """What the paths begin with of layers that do not run."""
+    return tuple(f"{path}.{i}." for path, m in module.named_modules() if isinstance(m, Layers)
+                 for i in range(len(m) - m.unused, len(m)))

@@ -1,0 +1,143 @@
+"""A base with parts from elsewhere, and without the last layers of its text encoder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from finetune.artifact import read_header
+from finetune.cli import main
+from finetune.errors import FinetuneError
+from finetune.families import base as families
+from finetune.families import sd1, sdxl
+from finetune.families._altered import altered
+from finetune.families.base import TINY, Changes, locate
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """The tiny base with other weights of its VAE and its text encoder."""
+    folder = Path(shutil.copytree(TINY, tmp_path_factory.mktemp("bases") / "other"))
+    for name, file in (("decoder.conv_out.bias", folder / "vae" / WEIGHTS),
+                       ("text_model.final_layer_norm.bias", folder / "text_encoder" / "model.safetensors")):
+        tensors = load_file(file)
+        save_file(tensors | {name: tensors[name] + 0.25}, file, {"format": "pt"})
+    return folder
+
+
+def test_each_part_comes_from_a_folder_or_a_file_and_the_rest_stays(other):
+    tiny, theirs = (sd1.load(str(path)) for path in (TINY, other))
+    for paths in ({"vae": other}, {"vae": other / "vae", "text": other / "text_encoder"}, {"vae": other / "vae" / WEIGHTS},
+                  {"text": other / "text_encoder" / "model.safetensors", "denoiser": other}):
+        family = sd1.load("tiny", changes=Changes({part: str(path) for part, path in paths.items()}))
+        for part in family.parts:
+            wanted = theirs if part in paths else tiny
+            assert families.fingerprint({part: family.parts[part]}) == families.fingerprint({part: wanted.parts[part]}), part
+            assert families.settings(family.parts[part]) == families.settings(wanted.parts[part])
+        assert family.source.name == "tiny" and len(family.source.notes) == len(paths)
+        assert ("taken for one of this family" in str(family.source.notes)) == (paths.get("vae", other).is_file())
+
+
+@pytest.mark.parametrize("part, file, fields, said", [
+    ("vae", "vae/config.json", {"scaling_factor": 0.13025}, "base.vae: .*its scaling_factor is 0.13025, and the base's is 0.40487"),
+    ("vae", "vae/config.json", {"block_out_channels": [16, 32, 32]}, "base.vae: .*its vae cannot be loaded"),
+    ("denoiser", "scheduler/scheduler_config.json", {"prediction_type": "v_prediction"},
+     "base.denoiser: .*it predicts v_prediction, and the base epsilon: give it as base.path"),
+])
+def test_a_part_of_another_family_is_refused(other, tmp_path, part, file, fields, said):
+    folder = Path(shutil.copytree(other, tmp_path / "wrong"))
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | fields))
+    with pytest.raises(FinetuneError, match=said):
+        sd1.load("tiny", changes=Changes({part: str(folder)}))
+
+
+@pytest.mark.parametrize("changes, said", [
+    (Changes({"text_2": "x"}), "base.text_2: sd1 has no such part; it has denoiser, text, vae"),
+    (Changes({"vae": "nowhere"}), "base.vae: nowhere"),
+    (Changes({"vae": str(TINY / "text_encoder" / "model.safetensors")}), "base.vae: .*it holds no vae, but text_encoder"),
+    (Changes({"vae": str(TINY / "unet")}), "base.vae: .*scaling_factor is 0.18215"),
+    (Changes(clip_skip=4), "base.clip_skip: 4 leaves none of the 3 layers; at most 3"),
+])
+def test_what_cannot_be_is_told(changes, said):
+    with pytest.raises(FinetuneError, match=said):
+        sd1.load("tiny", changes=changes)
+
+
+def test_two_encoders_are_never_skipped():
+    with pytest.raises(FinetuneError, match="sdxl always takes its text encoders one layer before the last"):
+        altered(locate("tiny"), sdxl.SPEC, Changes(clip_skip=2))
+
+
+def test_a_clip_skip_is_that_of_web_uis():
+    """AUTOMATIC1111, modules/sd_hijack_clip.py: hidden_states[-N], then the last norm. (The clip_skip of diffusers is one less,
+    and does not run with transformers 5.6: it looks for `text_model`.)"""
+    plain, skipped = sd1.load("tiny"), sd1.load("tiny", changes=Changes(clip_skip=2))
+    captions = ["a red circle on white", ""]
+    found = skipped.encode_text(captions).tokens
+    ids = plain.tokenizers["text"](captions, padding="max_length", return_tensors="pt").input_ids
+    encoder = plain.parts["text"]
+    norm = next(m for name, m in encoder.named_modules() if name.endswith("final_layer_norm"))
+    with torch.no_grad():
+        wanted = norm(encoder(ids, output_hidden_states=True).hidden_states[-2])
+    assert torch.equal(found, wanted) and not torch.equal(found, plain.encode_text(captions).tokens)
+    same, _ = skipped.pipeline().encode_prompt(captions, torch.device("cpu"), 1, False)
+    assert torch.equal(found, same) and skipped.text_settings() != plain.text_settings()
+    assert families.fingerprint(skipped.parts) == families.fingerprint(plain.parts)
+
+
+def test_a_run_on_an_altered_base_is_proven_goes_on_and_is_sampled_and_merged(recipe, train, tmp_path, other, capsys):
+    vae = tmp_path / "secret" / "vae.safetensors"
+    vae.parent.mkdir()
+    shutil.copyfile(other / "vae" / WEIGHTS, vae)
+    recipe.write_text(recipe.read_text().replace("path: tiny", f"path: tiny, vae: {vae}, clip_skip: 2")
+                      .replace("dropout: 0.1}", "text: {targets: [all]}}").replace("max_steps: 6", "max_steps: 2"))
+    assert train(recipe, tmp_path / "run") == 0
+    assert "note: its vae is that of vae.safetensors; a file does not say" in capsys.readouterr().err
+    file = tmp_path / "run" / "adapter" / "small.safetensors"
+    checks = json.loads((tmp_path / "run" / "adapter" / "verify.json").read_text())["small.safetensors"]
+    assert all(check["passed"] for check in checks) and {"diffusers at strength 1", "not zero"} <= {c["name"] for c in checks}
+    header = read_header(file)
+    assert {name.split("_layers_")[1][0] for name in header.tensors if "_layers_" in name} == {"0", "1"}
+    said = json.loads(header.metadata["finetune.recipe"])["base"]
+    assert (said["vae"], said["clip_skip"], header.metadata["ss_clip_skip"]) == ("vae.safetensors", 2, "2")
+    assert header.metadata["ss_vae_name"] == "vae.safetensors" and "secret" not in str(header.metadata)
+
+    moved = vae.rename(vae.with_name("moved.safetensors"))      # the same run: its content counts
+    assert train(recipe, tmp_path / "run", "--set", f"base.vae={moved}") == 0
+    for words in ("base.vae=null", "base.clip_skip=1"):
+        assert train(recipe, tmp_path / "run", "--set", f"base.vae={moved}", "--set", words) == 2
+        assert "base." in capsys.readouterr().err.split("cannot continue:")[1]
+
+    base = ["--base", "tiny", "--vae", str(moved)]
+    assert main(["verify", str(file), *base, "--clip-skip", "2"]) == 0
+    assert main(["verify", str(file), "--vae", "x"]) == 2
+    assert "--vae: is of a base, and there is none" in capsys.readouterr().err
+    one = ["--adapter", str(file), "--prompt", "a red circle", "--steps", "1", "--size", "32x32"]
+    for name, words in (("skipped", ["--clip-skip", "2"]), ("plain", [])):
+        assert main(["sample", *base, *one, *words, "--out", str(tmp_path / name)]) == 0
+    skipped, plain = (Image.open(tmp_path / name / "0000-seed0.png") for name in ("skipped", "plain"))
+    assert skipped.tobytes() != plain.tobytes()
+    assert "VAE: moved.safetensors, Clip skip: 2" in skipped.info["parameters"] and "skip" not in plain.info["parameters"]
+    assert main(["merge", *base, "--adapter", str(file), "--dtype", "float32", "--out", str(tmp_path / "merged")]) == 0
+    merged = sd1.load(str(tmp_path / "merged"))
+    assert torch.equal(merged.parts["vae"].decoder.conv_out.bias, load_file(moved)["decoder.conv_out.bias"])
+    assert any(".layers.2." in name for name, _ in merged.parts["text"].named_parameters())
+
+
+def test_a_full_fine_tune_with_a_clip_skip_writes_whole_encoders(recipe, train, tmp_path):
+    recipe.write_text(recipe.read_text().replace("path: tiny", "path: tiny, clip_skip: 2").replace("max_steps: 6", "max_steps: 1"))
+    words = "method={kind: full, targets: [cross_attention], text: {}}"
+    assert train(recipe, tmp_path / "run", "--set", words, "--set", "train.optimizer=adamw",
+                 "--set", "train.warmup_steps=0", "--set", "export=[diffusers, single_file]") == 0
+    checks = json.loads((tmp_path / "run" / "adapter" / "verify.json").read_text())
+    assert len(checks) == 2 and all(check["passed"] for found in checks.values() for check in found)
+    before, after = (load_file(path / "text_encoder" / "model.safetensors") for path in (TINY, tmp_path / "run" / "adapter" / "small"))
+    moved = {name for name in after if not torch.equal(after[name], before[name].float())}
+    assert before.keys() == after.keys() and any(".layers.1." in name for name in moved)
+    assert not any(".layers.2." in name for name in moved)
