@@ -117,11 +117,11 @@ class UNetFamily:
 
     def denoise(self, x_BChw: Tensor, t_B: Tensor, conditioning: Conditioning, geometry_B6: Tensor) -> Tensor:
         """The network's prediction, (B, C, h, w) float32. Only SDXL is told the geometry, and what is pooled."""
-        unet = self.parts["denoiser"]
-        added = {}
+        unet, added = self.parts["denoiser"], {}
+        dtype = next(p.dtype for p in unet.parameters() if p.is_floating_point())     # unet.dtype visits every module first
         if conditioning.pooled is not None:
-            added = {"added_cond_kwargs": {"text_embeds": conditioning.pooled.to(unet.dtype), "time_ids": geometry_B6}}
-        return unet(x_BChw.to(unet.dtype), t_B, encoder_hidden_states=conditioning.tokens.to(unet.dtype),
+            added = {"added_cond_kwargs": {"text_embeds": conditioning.pooled.to(dtype), "time_ids": geometry_B6}}
+        return unet(x_BChw.to(dtype), t_B, encoder_hidden_states=conditioning.tokens.to(dtype),
                     encoder_attention_mask=conditioning.mask, **added).sample.float()
 
     def pipeline(self):

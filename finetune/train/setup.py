@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import GradientAccumulationPlugin
 from PIL import Image
 
 from finetune import __version__, device, registry
@@ -136,8 +136,8 @@ def install(recipe: Recipe, base: ground.Ground) -> Together:
 
 
 def seed_step(seed: int, position: int) -> None:
-    """Set every global generator from the position: dropout inside the network draws from them."""
-    set_seed(derive(seed, position, "network") % 2**32)
+    """Set torch's generators, of every device, from the position: dropout inside the network draws from them."""
+    torch.manual_seed(derive(seed, position, "network") % 2**32)
 
 
 def to_device(batch: Batch, where: torch.device) -> Batch:
