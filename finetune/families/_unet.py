@@ -15,7 +15,7 @@ from finetune.batch import Conditioning, joined
 from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
 from finetune.families import _clip
-from finetune.families.base import FamilySpec, Source, check_family, locate, publish_text_encoder, vocabulary
+from finetune.families.base import FamilySpec, Parts, Source, check_family, locate, publish_text_encoder, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
 
@@ -51,6 +51,11 @@ class UNetFamily:
         """Pixels per latent, along each axis."""
         return 2 ** (len(self.source.config("vae").get("block_out_channels", [64])) - 1)
 
+    @cached_property
+    def scaling(self) -> float:
+        """What latents are multiplied by for the denoiser; AutoencoderKL's own, where a config leaves it out."""
+        return self.source.config("vae").get("scaling_factor", 0.18215)
+
     @property
     def zeros(self) -> bool:
         """Whether no text at all is zeros, and not what the encoders make of "": SDXL was trained so."""
@@ -67,13 +72,13 @@ class UNetFamily:
     def latents(self, moments: Tensor, noise_BChw: Tensor) -> Tensor:
         """A sample of the posterior as the denoiser wants it, (B, C, h, w); `noise` is standard normal."""
         mean, logvar = moments.chunk(2, 1)
-        return (mean + (0.5 * logvar).exp() * noise_BChw) * self.parts["vae"].config.scaling_factor
+        return (mean + (0.5 * logvar).exp() * noise_BChw) * self.scaling
 
     @torch.no_grad()
     def decode_latents(self, latents_BChw: Tensor) -> Tensor:
         """Pixels (B, 3, H, W), about [-1, 1]."""
         vae = self.parts["vae"]
-        return vae.decode(latents_BChw.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample.float()
+        return vae.decode(latents_BChw.to(vae.device, vae.dtype) / self.scaling).sample.float()
 
     def pieces(self, caption: str) -> tuple[list[list[int]], list[int]]:
         """The caption's tokens in pieces that the text encoders can take, and those that would be lost unordered. The
@@ -124,11 +129,12 @@ class UNetFamily:
         return unet(x_BChw.to(dtype), t_B, encoder_hidden_states=conditioning.tokens.to(dtype),
                     encoder_attention_mask=conditioning.mask, **added).sample.float()
 
-    def pipeline(self):
-        """The diffusers pipeline over these very parts."""
+    def pipeline(self, draws: bool = True):
+        """The diffusers pipeline over these very parts; one that draws no pictures has no VAE."""
         import diffusers
 
-        components = {self.spec.components[part]: module for part, module in self.parts.items()} | {
+        components = {component: self.parts[part] if draws or part != "vae" else None
+                      for part, component in self.spec.components.items()} | {
             tokenizer(self.spec, part): words for part, words in self.tokenizers.items()}
         # A scheduler of its own: sampling rewrites its tables.
         components["scheduler"] = type(self.scheduler).from_config(self.scheduler.config)
@@ -137,6 +143,18 @@ class UNetFamily:
                                                        add_watermarker=False)
         return diffusers.StableDiffusionPipeline(**components, safety_checker=None, feature_extractor=None,
                                                  requires_safety_checker=False)
+
+    def sketch(self, dtype: torch.dtype) -> None:
+        """Give an outline its parts from their configs alone; inside a FakeTensorMode they have shapes and no numbers."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            for name, component in self.spec.components.items():
+                cls, config = kind(self.text, name), self.source.config(component)
+                part = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
+                self.parts[name] = part.requires_grad_(False).eval()
+        finally:
+            torch.set_default_dtype(before)
 
     def save(self, folder: Folder, dtype: torch.dtype) -> None:
         """A diffusers folder with the weights in `dtype`, under the published names."""
@@ -173,22 +191,30 @@ def load(spec: FamilySpec, text: dict[str, Clip], path: str, dtype: torch.dtype 
          variant: str | None = None) -> UNetFamily:
     """The base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is another family's."""
     bare = outline(spec, text, path, revision, variant)
+    # In float16 the VAE of SDXL overflows: its config says so, and its pipeline would bring it to float32 for each picture.
+    upcast = dtype == torch.float16 and "text_2" in text and bare.source.config("vae").get("force_upcast", True)
+
+    def part(name: str) -> nn.Module:
+        wide = name == "vae" and upcast
+        found = bare.source.load(kind(text, name), spec.components[name], torch.float32 if wide else dtype)
+        if name in text and text[name].pooled:
+            _clip.end_at(found, eos[name])
+        if wide:
+            found.post_quant_conv.register_forward_pre_hook(lambda layer, latents: (latents[0].float(),))
+        return found
+
+    eos = {name: words.eos_token_id for name, words in bare.tokenizers.items()}
+    return UNetFamily(spec, text, bare.source, Parts(part, spec.components), bare.tokenizers, bare.scheduler)
+
+
+def kind(text: dict[str, Clip], part: str) -> type[nn.Module]:
+    """The class of a part."""
     import diffusers
     import transformers
 
-    classes = {"denoiser": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL} | {
-        part: transformers.CLIPTextModelWithProjection if take.pooled else transformers.CLIPTextModel
-        for part, take in text.items()}
-    # In float16 the VAE of SDXL overflows: its config says so, and its pipeline would bring it to float32 for each picture.
-    upcast = dtype == torch.float16 and "text_2" in text and bare.source.config("vae").get("force_upcast", True)
-    parts = {part: bare.source.load(classes[part], component, torch.float32 if part == "vae" and upcast else dtype)
-             for part, component in spec.components.items()}
-    for part, take in text.items():
-        if take.pooled:
-            _clip.end_at(parts[part], bare.tokenizers[part].eos_token_id)
-    if upcast:
-        parts["vae"].post_quant_conv.register_forward_pre_hook(lambda layer, latents: (latents[0].float(),))
-    return UNetFamily(spec, text, bare.source, parts, bare.tokenizers, bare.scheduler)
+    if part in text:
+        return transformers.CLIPTextModelWithProjection if text[part].pooled else transformers.CLIPTextModel
+    return {"denoiser": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[part]
 
 
 def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | None = None,
