@@ -1,6 +1,7 @@
 """What the machine can do: the only file that asks about CUDA."""
 
 import os
+from contextlib import nullcontext
 
 import psutil
 import torch
@@ -34,10 +35,20 @@ def check_precision(mixed_precision: str, dtype: str, device: torch.device) -> N
         raise FinetuneError(f"base.dtype: float16 needs a CUDA device, this run is on {device.type}; use float32")
 
 
+def exact(like: torch.Tensor):
+    """Inside, autocast is off on the device of this tensor; the meta device has none."""
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
+
+
 def memory_mb(device: torch.device) -> int:
     """Peak memory of the device so far; on the CPU the resident memory of the process."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
     return used // 2**20
+
+
+def memory_bytes() -> int:
+    """What there is to fit in: the GPU's memory, or the machine's."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else psutil.virtual_memory().total
 
 
 def set_threads(threads: int | None) -> int:

@@ -20,10 +20,12 @@ def moments(vae: nn.Module, pixels_B3HW: Tensor) -> Tensor:
     return torch.cat([posterior.mean, posterior.logvar], 1).float()
 
 
-def sample(vae: nn.Module, moments: Tensor, noise_BChw: Tensor) -> Tensor:
-    """A sample of the posterior as the denoiser wants it, (B, C, h, w); `noise` is standard normal."""
+def sample(config: dict, moments: Tensor, noise_BChw: Tensor) -> Tensor:
+    """A sample of the posterior as the denoiser wants it, (B, C, h, w); `noise` is standard normal. The config is the VAE's,
+    which itself may have been let go."""
     mean, logvar = moments.chunk(2, 1)
-    return (mean + (0.5 * logvar).exp() * noise_BChw - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    shift, scale = config.get("shift_factor") or 0, config.get("scaling_factor", 0.18215)      # diffusers' own, where it is silent
+    return (mean + (0.5 * logvar).exp() * noise_BChw - shift) * scale
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
 from finetune.families import _beside, _clip, _latents
 from finetune.families._altered import altered
-from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, publish_text_encoder, vocabulary
+from finetune.families.base import Changes, FamilySpec, Parts, Source, check_family, locate, publish_text_encoder, sketched, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
 
@@ -57,6 +57,10 @@ class UNetFamily:
         """What the sides of a picture have to be multiples of."""
         return self.stride
 
+    @cached_property
+    def vae_config(self) -> dict:
+        return self.source.config("vae")
+
     @property
     def zeros(self) -> bool:
         """Whether no text at all is zeros, and not what the encoders make of "": SDXL was trained so."""
@@ -79,7 +83,7 @@ class UNetFamily:
         return _latents.moments(self.parts["vae"], pixels_B3HW)
 
     def latents(self, moments: Tensor, noise_BChw: Tensor) -> Tensor:
-        return _latents.sample(self.parts["vae"], moments, noise_BChw)
+        return _latents.sample(self.vae_config, moments, noise_BChw)
 
     def decode_latents(self, latents_BChw: Tensor) -> Tensor:
         return _latents.decode(self.parts["vae"], latents_BChw)
@@ -134,20 +138,22 @@ class UNetFamily:
     def denoise(self, x_BChw: Tensor, t_B: Tensor, conditioning: Conditioning, geometry_B6: Tensor) -> Tensor:
         """The network's prediction, (B, C, h, w) float32. Only SDXL is told the geometry, and what is pooled."""
         unet, added = self.parts["denoiser"], {}
+        dtype = next(p.dtype for p in unet.parameters() if p.is_floating_point())     # unet.dtype visits every module first
         if conditioning.beside is not None:
             x_BChw = torch.cat([x_BChw, conditioning.beside], 1)
         if conditioning.pooled is not None:
-            added = {"added_cond_kwargs": {"text_embeds": conditioning.pooled.to(unet.dtype), "time_ids": geometry_B6}}
+            added = {"added_cond_kwargs": {"text_embeds": conditioning.pooled.to(dtype), "time_ids": geometry_B6}}
         if conditioning.level is not None:
             added = {"class_labels": conditioning.level}
-        return unet(x_BChw.to(unet.dtype), t_B, encoder_hidden_states=conditioning.tokens.to(unet.dtype),
+        return unet(x_BChw.to(dtype), t_B, encoder_hidden_states=conditioning.tokens.to(dtype),
                     encoder_attention_mask=conditioning.mask, **added).sample.float()
 
-    def pipeline(self):
-        """The diffusers pipeline over these very parts."""
+    def pipeline(self, draws: bool = True):
+        """The diffusers pipeline over these very parts; one that draws no pictures has no VAE."""
         import diffusers
 
-        components = {self.spec.components[part]: module for part, module in self.parts.items()} | {
+        components = {component: self.parts[part] if draws or part != "vae" else None
+                      for part, component in self.spec.components.items()} | {
             tokenizer(self.spec, part): words for part, words in self.tokenizers.items()}
         # A scheduler of its own: sampling rewrites its tables.
         components["scheduler"] = type(self.scheduler).from_config(self.scheduler.config)
@@ -158,6 +164,11 @@ class UNetFamily:
         cls = getattr(diffusers, f"StableDiffusion{'XL' * xl}{'Inpaint' * (self.shows == 'hole')}Pipeline")
         return cls(**components, **{"force_zeros_for_empty_prompt": self.zeros, "add_watermarker": False} if xl else
                    {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False})
+
+    def sketch(self, dtype: torch.dtype) -> None:
+        """Give an outline its parts from their configs alone; inside a FakeTensorMode they have shapes and no numbers."""
+        self.parts |= {part: sketched(kind(self.text, part), self.source.config(component), dtype)
+                       for part, component in self.spec.components.items()}
 
     def save(self, folder: Folder, dtype: torch.dtype) -> None:
         """A diffusers folder with the weights in `dtype`, under the published names."""
@@ -197,22 +208,30 @@ def load(spec: FamilySpec, text: dict[str, Clip], path: str, dtype: torch.dtype 
          variant: str | None = None, changes: Changes = Changes()) -> UNetFamily:
     """The base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is another family's."""
     bare = outline(spec, text, path, revision, variant, changes)
+    # In float16 the VAE of SDXL overflows: its config says so, and its pipeline would bring it to float32 for each picture.
+    upcast = dtype == torch.float16 and "text_2" in text and bare.source.config("vae").get("force_upcast", True)
+
+    def part(name: str) -> nn.Module:
+        wide = name == "vae" and upcast
+        found = bare.source.load(kind(text, name), spec.components[name], torch.float32 if wide else dtype)
+        if name in text and text[name].pooled:
+            _clip.end_at(found, eos[name])
+        if wide:
+            found.post_quant_conv.register_forward_pre_hook(lambda layer, latents: (latents[0].float(),))
+        return found
+
+    eos = {name: words.eos_token_id for name, words in bare.tokenizers.items()}
+    return UNetFamily(spec, text, bare.source, Parts(part, spec.components), bare.tokenizers, bare.scheduler, bare.small_scheduler)
+
+
+def kind(text: dict[str, Clip], part: str) -> type[nn.Module]:
+    """The class of a part."""
     import diffusers
     import transformers
 
-    classes = {"denoiser": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL} | {
-        part: transformers.CLIPTextModelWithProjection if take.pooled else transformers.CLIPTextModel
-        for part, take in text.items()}
-    # In float16 the VAE of SDXL overflows: its config says so, and its pipeline would bring it to float32 for each picture.
-    upcast = dtype == torch.float16 and "text_2" in text and bare.source.config("vae").get("force_upcast", True)
-    parts = {part: bare.source.load(classes[part], component, torch.float32 if part == "vae" and upcast else dtype)
-             for part, component in spec.components.items()}
-    for part, take in text.items():
-        if take.pooled:
-            _clip.end_at(parts[part], bare.tokenizers[part].eos_token_id)
-    if upcast:
-        parts["vae"].post_quant_conv.register_forward_pre_hook(lambda layer, latents: (latents[0].float(),))
-    return UNetFamily(spec, text, bare.source, parts, bare.tokenizers, bare.scheduler, bare.small_scheduler)
+    if part in text:
+        return transformers.CLIPTextModelWithProjection if text[part].pooled else transformers.CLIPTextModel
+    return {"denoiser": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[part]
 
 
 def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | None = None,

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +127,32 @@ class Source:
         """`fp16` for a folder that holds nothing but *.fp16.safetensors, which diffusers does not find by itself."""
         names = [p.name for p in Path(self.path, component).glob("*.safetensors")]
         return "fp16" if names and all(".fp16." in name for name in names) else None
+
+
+class Parts(dict):
+    """A family's parts by name. One that was let go is loaded again, as it first was, when it is asked for: the encoders work
+    before the first step and in the proof, and need not be in memory in between. To iterate loads nothing."""
+
+    def __init__(self, load: Callable[[str], nn.Module], names: Iterable[str]):
+        super().__init__((name, load(name)) for name in names)
+        self._load, self._known = load, frozenset(self)
+
+    def __missing__(self, name: str) -> nn.Module:
+        if name not in self._known:
+            raise KeyError(name)
+        self[name] = self._load(name).to(next(next(iter(self.values())).parameters()).device)
+        return self[name]
+
+
+def sketched(cls: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.Module:
+    """A part from its config alone: in no time and without memory inside a FakeTensorMode."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        part = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
+        return part.requires_grad_(False).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def locate(path: str, revision: str | None = None, variant: str | None = None) -> Source:

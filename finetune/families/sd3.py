@@ -19,7 +19,9 @@ from finetune.errors import FinetuneError
 from finetune.families import _clip, _latents
 from finetune.families._clip import Clip
 from finetune.families._altered import altered
-from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, publish_text_encoder, vocabulary
+from finetune.families.base import (
+    Changes, FamilySpec, Parts, Source, check_family, locate, publish_text_encoder, sketched, vocabulary,
+)
 from finetune.tokens import Learned
 
 # Where text and picture meet; without patterns that not every version has: only 3.5 medium has an attn2, of the picture alone.
@@ -66,6 +68,10 @@ class Sd3:
         self._long = long
 
     @cached_property
+    def vae_config(self) -> dict:
+        return self.source.config("vae")
+
+    @cached_property
     def stride(self) -> int:
         """Pixels per latent, along each axis."""
         return _latents.stride(self.source.config("vae"))
@@ -79,7 +85,7 @@ class Sd3:
         return _latents.moments(self.parts["vae"], pixels_B3HW)
 
     def latents(self, moments: Tensor, noise_BChw: Tensor) -> Tensor:
-        return _latents.sample(self.parts["vae"], moments, noise_BChw)
+        return _latents.sample(self.vae_config, moments, noise_BChw)
 
     def decode_latents(self, latents_BChw: Tensor) -> Tensor:
         return _latents.decode(self.parts["vae"], latents_BChw)
@@ -135,16 +141,21 @@ class Sd3:
         return transformer(x_BChw.to(transformer.dtype), conditioning.tokens.to(transformer.dtype),
                            conditioning.pooled.to(transformer.dtype), t_B).sample.float()
 
-    def pipeline(self):
-        """The diffusers pipeline over these very parts."""
+    def pipeline(self, draws: bool = True):
+        """The diffusers pipeline over these very parts; one that draws no pictures has no VAE."""
         import diffusers
 
         components = dict.fromkeys([*TOKENIZERS.values(), *SPEC.components.values()])
-        components |= {SPEC.components[part]: module for part, module in self.parts.items()}
+        components |= {SPEC.components[part]: self.parts[part] for part in present(self.tokenizers) if draws or part != "vae"}
         components |= {TOKENIZERS[part]: words for part, words in self.tokenizers.items()}
         # A scheduler of its own: sampling rewrites its tables.
         components["scheduler"] = type(self.scheduler).from_config(self.scheduler.config)
         return diffusers.StableDiffusion3Pipeline(**components)
+
+    def sketch(self, dtype: torch.dtype) -> None:
+        """Give an outline its parts from their configs alone; inside a FakeTensorMode they have shapes and no numbers."""
+        self.parts |= {part: sketched(kind(part), self.source.config(SPEC.components[part]), dtype)
+                       for part in present(self.tokenizers)}
 
     def save(self, folder: Folder, dtype: torch.dtype) -> None:
         """A diffusers folder with the weights in `dtype`, under the published names."""
@@ -168,20 +179,32 @@ def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = N
          changes: Changes = Changes()) -> Sd3:
     """The base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is another family's."""
     bare = outline(path, revision, variant, changes)
+
+    def part(name: str) -> nn.Module:
+        found = bare.source.load(kind(name), SPEC.components[name], dtype)
+        if name in CLIPS:
+            _clip.end_at(found, eos[name])
+        for path, layer in found.named_modules() if name == "t5" and dtype == torch.float16 else ():
+            if path.endswith(".wo"):        # these overflow in float16: transformers holds them in float32 too
+                layer.float()
+        return found
+
+    eos = {name: words.eos_token_id for name, words in bare.tokenizers.items()}
+    return Sd3(bare.source, Parts(part, present(bare.tokenizers)), bare.tokenizers, bare.scheduler)
+
+
+def present(tokenizers: dict[str, object]) -> list[str]:
+    """The parts: a T5 without a vocabulary is none."""
+    return [part for part in SPEC.components if part != "t5" or part in tokenizers]
+
+
+def kind(part: str) -> type[nn.Module]:
+    """The class of a part."""
     import diffusers
     import transformers
 
-    classes = {"denoiser": diffusers.SD3Transformer2DModel, "vae": diffusers.AutoencoderKL, "t5": transformers.T5EncoderModel,
-               **dict.fromkeys(CLIPS, transformers.CLIPTextModelWithProjection)}
-    parts = {part: bare.source.load(classes[part], component, dtype) for part, component in SPEC.components.items()
-             if part != "t5" or part in bare.tokenizers}
-    for part in CLIPS:
-        _clip.end_at(parts[part], bare.tokenizers[part].eos_token_id)
-    if "t5" in parts and dtype == torch.float16:
-        for name, layer in parts["t5"].named_modules():
-            if name.endswith(".wo"):        # these overflow in float16: transformers holds them in float32 too
-                layer.float()
-    return Sd3(bare.source, parts, bare.tokenizers, bare.scheduler)
+    return {"denoiser": diffusers.SD3Transformer2DModel, "vae": diffusers.AutoencoderKL,
+            "t5": transformers.T5EncoderModel}.get(part, transformers.CLIPTextModelWithProjection)
 
 
 def outline(path: str, revision: str | None = None, variant: str | None = None, changes: Changes = Changes()) -> Sd3:
@@ -189,5 +212,5 @@ def outline(path: str, revision: str | None = None, variant: str | None = None, 
     source = locate(path, revision, variant)
     check_family(source, SPEC, registry.names("families"))
     source = altered(source, SPEC, changes)
-    there = [part for part in TOKENIZERS if part != "t5" or source.has("text_encoder_3") and source.has("tokenizer_3")]
-    return Sd3(source, {}, {part: source.tokenizer(TOKENIZERS[part]) for part in there}, source.scheduler())
+    spoken = [part for part in TOKENIZERS if part != "t5" or source.has("text_encoder_3") and source.has("tokenizer_3")]
+    return Sd3(source, {}, {part: source.tokenizer(TOKENIZERS[part]) for part in spoken}, source.scheduler())

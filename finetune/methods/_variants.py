@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.change import core, lengths, rotations
+from finetune.device import exact
 
 NAME = "default"        # of the adapter, in peft
 
@@ -85,7 +86,7 @@ def decompose(layer: nn.Module, setting: Setting) -> None:
 
     def measure(module: nn.Module, args: tuple) -> None:
         nonlocal scale
-        with torch.autocast(args[0].device.type, enabled=False):
+        with exact(args[0]):
             difference = core({"lora_A": down.weight.detach(), "lora_B": up.weight.detach(), "alpha": alpha})
             norm = lengths(base.weight.detach().float() + difference.reshape(base.weight.shape))
             scale = layer.dora_scale / norm
@@ -131,7 +132,7 @@ def oft(part: nn.Module, layers: dict[str, tuple[int, float]], setting: Setting)
 
 def _turned(layer: nn.Module, out: Tensor, setting: Setting) -> Tensor:
     channels = 1 if isinstance(layer, nn.Conv2d) else -1
-    with torch.autocast(out.device.type, enabled=False):
+    with exact(out):
         blocks = layer.oft_blocks
         y = out.float().movedim(channels, -1)
         y = (y if layer.bias is None else y - layer.bias).unflatten(-1, blocks.shape[:2])

@@ -48,5 +48,6 @@ class Weights:
 
 
 def stored(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU."""
-    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in parameters.items()}
+    """Copies on the CPU; those of shapes without numbers stay where they are."""
+    return {name: p.detach().clone() if p.is_meta else p.detach().to("cpu", copy=True).contiguous()
+            for name, p in parameters.items()}

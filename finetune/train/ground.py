@@ -242,6 +242,21 @@ def encoded(ground: Ground, trains: tuple[str, ...], steps: int, accelerator: Ac
     return replace(ground, streams=known[:len(ground.streams)], validation=known[-1] if ground.validation else None)
 
 
+def let_go(recipe: Recipe, ground: Ground, trains: tuple[str, ...]) -> None:
+    """Free the parts that no step needs; who asks for one later gets it loaded anew. All stay for previews, for a model that
+    is written as a whole, and where adapters were merged into the base, which loading anew would not have."""
+    if recipe.every.preview or recipe.base.adapters or any(method.kind == "full" for method in recipe.method):
+        return
+    needed = set(trains)
+    if recipe.objective.kind == "denoise":
+        told = [stream.encoded for stream in ground.all]
+        latents = all(own.latents for own in told) and not ground.family.shows
+        needed |= {"denoiser"} | (set() if latents else {"vae"})
+        needed |= set() if all(own.text for own in told) else ground.family.parts.keys() - {"denoiser", "vae"}
+    for part in ground.family.parts.keys() - needed:
+        del ground.family.parts[part]
+
+
 def encoders(ground: Ground, device_type: str) -> tuple[str, str]:
     """What decides latents, and what decides text states, beside the pictures and the captions."""
     family = ground.family

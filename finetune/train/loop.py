@@ -29,6 +29,7 @@ def train(run: Run, start: int, window: Window, stop: Stop) -> None:
     every, last = recipe.every, recipe.train.max_steps
     watched = min(AFTER, last)
     before = traces(run.parameters) if start < watched else []
+    run.model.train()       # once: it visits every module, and what rests the parts for a while puts them back
     bar = tqdm(total=last, initial=start, unit="step", disable=not main, dynamic_ncols=True)
     if every.preview and start % every.preview == 0 and not run.folder.preview(start).exists():
         preview(run, start, stop)
@@ -70,7 +71,6 @@ def one_step(run: Run, step: int, batches: list[Batch]) -> tuple[torch.Tensor, t
     """One optimizer step over this process's batches, whose losses are summed up. It is not applied when a loss or the
     gradient is not finite. Returns the sum and the norm of the gradient, both still on the device."""
     recipe, accelerator = run.recipe.train, run.accelerator
-    run.model.train()
     run.optimizer.train()
     for group in run.optimizer.param_groups:
         group["now"] = step

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import GradientAccumulationPlugin
 from PIL import Image
 
 from finetune import __version__, device, registry
@@ -97,6 +97,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     optimizer = rounded(make, groups, lambda step: derive(train.seed, step, "rounding"))
     if method.objective == "denoise":       # to decode, pictures are wanted themselves
         base = ground.encoded(base, method.trains, train.max_steps, accelerator, Cache(cache.home(), say))
+    ground.let_go(recipe, base, method.trains)
     loader = Loader(base.streams, train.batch_size, train.gradient_accumulation, accelerator.process_index,
                     accelerator.num_processes, recipe.data.workers)
     if train.gradient_checkpointing:
@@ -147,8 +148,8 @@ def install(recipe: Recipe, base: ground.Ground) -> Together:
 
 
 def seed_step(seed: int, position: int) -> None:
-    """Set every global generator from the position: dropout inside the network draws from them."""
-    set_seed(derive(seed, position, "network") % 2**32)
+    """Set torch's generators, of every device, from the position: dropout inside the network draws from them."""
+    torch.manual_seed(derive(seed, position, "network") % 2**32)
 
 
 def to_device(batch: Batch, where: torch.device) -> Batch:

@@ -1,0 +1,98 @@
+"""Say how much memory a recipe needs, what would make it need less, and whether it fits: before anything is loaded."""
+
+import json
+from dataclasses import asdict
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("recipe", help="a recipe file")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides",
+                        help="override a field of the recipe; can be repeated")
+    parser.add_argument("--vram", metavar="SIZE", help="the memory that it has to fit in, such as 8GB; this machine's if left out")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
+
+
+def run(args) -> int:
+    """0 when it fits, or would with the levers that are named; 2 when it does not."""
+    from finetune.recipe import load
+
+    load(args.recipe, args.overrides)
+    room = size(args.vram) if args.vram else None
+    from finetune import device     # after the recipe is sound: it imports torch
+
+    found = plan(args.recipe, args.overrides, room or device.memory_bytes())
+    print(json.dumps(found, indent=1) if args.json else table(found))
+    return 0 if found["fits"] or found["smallest"] else 2
+
+
+def size(text: str) -> int:
+    """Bytes of `8GB`, which is 8 · 2³⁰ as memory is sold. FinetuneError for what is no size."""
+    import re
+
+    from finetune.errors import FinetuneError
+
+    if not (found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(G|M)(i?B)?", text, re.IGNORECASE)):
+        raise FinetuneError(f"--vram {text}: a size such as 8GB or 6000MB")
+    return int(float(found[1]) * 2 ** (30 if found[2].upper() == "G" else 20))
+
+
+def plan(recipe: str, overrides: list[str], room: int) -> dict:
+    """The need of the recipe, of it with each lever, and the fewest levers that make it fit."""
+    from finetune.errors import FinetuneError
+    from finetune.recipe import load
+    from finetune.train.plan import LEVERS, needs
+
+    def need(levers: list[str]):
+        return needs(load(recipe, [*overrides, *levers]).recipe)
+
+    plain, saves = need([]), {}
+    now = load(recipe, overrides).recipe
+    idle = {"train.gradient_checkpointing=true": now.train.gradient_checkpointing, "train.batch_size=1": now.train.batch_size == 1,
+            "base.dtype=bfloat16": now.base.dtype != "float32", "train.optimizer=adamw8bit": now.train.optimizer.endswith("8bit"),
+            "every.preview=0": not now.every.preview, "data.crop=center": now.data.crop != "random"}
+    for lever in LEVERS:
+        if not idle[lever]:
+            try:
+                saves[lever] = plain.peak - need([lever]).peak
+            except FinetuneError:       # it does not go with another field of the recipe
+                continue
+    chosen, peak = [], plain.peak
+    for lever in sorted(saves, key=saves.get, reverse=True):
+        if peak > room and saves[lever] > 0:
+            chosen.append(lever)
+            peak = need(chosen).peak
+    for lever in chosen[:-1]:       # one that a larger one made needless
+        if len(chosen) > 1 and peak <= room and (less := need([c for c in chosen if c != lever]).peak) <= room:
+            chosen.remove(lever)
+            peak = less
+    return {"room": room, "fits": plain.peak <= room, **asdict(plain), "peak": plain.peak,
+            "levers": [{"set": lever, "saves": saved, "costs": LEVERS[lever]} for lever, saved in saves.items()],
+            "smallest": {"set": chosen, "peak": peak} if chosen and peak <= room else None}
+
+
+def table(found: dict) -> str:
+    """The plan for people, 80 columns wide."""
+    import textwrap
+
+    def gib(size: int) -> str:
+        return f"{size / 2**30:7.2f} GiB" if size >= 2**27 else f"{size / 2**20:7.1f} MiB"
+
+    lines = [f"weights          {gib(size)}   {part}" for part, size in found["weights"].items()]
+    lines += [f"gradients        {gib(found['gradients'])}   of {found['trained']:,} trained numbers",
+              f"optimizer        {gib(found['state'])}", "", "at the peak of"]
+    lines += [f"  {phase:<15}{gib(size)}" + ("   <- the most" if size == found["peak"] else "") for phase, size in found["phases"].items()]
+    lines += ["", f"room             {gib(found['room'])}   the process and the driver take some of it, not counted here"]
+    if found["levers"]:
+        lines += ["", "levers, each by itself"]
+    for lever in found["levers"]:
+        saved = gib(lever["saves"]) if lever["saves"] > 0 else "    nothing"
+        lines += textwrap.wrap(f"  --set {lever['set']}", 80) + [f"      saves {saved.strip()}; {lever['costs']}"]
+    lines.append("")
+    if found["fits"]:
+        lines.append("it fits")
+    elif found["smallest"]:
+        lines += ["it does not fit; it would, with " + gib(found["smallest"]["peak"]).strip() + ", as",
+                  *(f"  --set {lever}" for lever in found["smallest"]["set"])]
+    else:
+        lines.append("it does not fit, and no lever makes it; a smaller data.resolution, rank or base would")
+    return "\n".join(lines)

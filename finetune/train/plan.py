@@ -1,0 +1,194 @@
+"""How much memory a recipe needs, from the base's configs alone: nothing is downloaded but these, and nothing computed.
+
+The base, its methods and one step are run on torch's meta device, where tensors have shapes and no numbers, and every storage
+that is made is counted until it is freed. So what is counted is what torch's allocator is asked for at its peak: activations
+and gradients as autograd keeps them, and what passes. Not counted: the process itself, the context of a GPU, what an allocator
+holds beside what it was asked for, and autocast, which makes activations of a float32 base smaller than said here.
+
+Shapes: B batch · L tokens · D text width · C latent channels · H W pixels · h w = H W / VAE stride.
+"""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from finetune import registry
+from finetune.batch import Batch, Conditioning
+from finetune.data.buckets import sizes
+from finetune.families import base as families
+from finetune.recipe import Recipe
+from finetune.train.together import Together
+
+STATE = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "lion": 4, "lion8bit": 1 + 4 / 256, "adafactor": 0, "prodigy": 16,
+         "schedule_free_adamw": 8, "sgd": 4}        # bytes of the optimizer for each number that is trained
+AT_ONCE = 8         # pictures that a preview samples together
+TOKENS = 77
+
+# What each lever sets, and what it costs.
+LEVERS = {
+    "train.gradient_checkpointing=true": "the same numbers, about a third slower",
+    "train.batch_size=1": "with as much more gradient_accumulation: other rounding, slower on a GPU",
+    "base.dtype=bfloat16": "frozen weights and their computation in 8 bits of precision",
+    "train.optimizer=adamw8bit": "its state is rounded",
+    "every.preview=0": "no pictures on the way; the encoders leave the memory",
+    "data.crop=center": "always the same part of a picture; the VAE leaves the memory",
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the peak of each phase, and what they are made of. A phase is over before the next."""
+
+    weights: dict[str, int]     # of every part
+    trained: int                # numbers that are trained
+    gradients: int
+    state: int                  # of the optimizer, and the average if there is one
+    phases: dict[str, int]      # caching, training, optimizer step, preview -> peak
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+class Live(TorchDispatchMode):
+    """Inside, the bytes of all storages that are made and not freed yet, now and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.count, out)
+        return out
+
+    def count(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        if (key := storage._cdata) not in self.known:
+            self.known.add(key)
+            size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.freed, key, size)
+
+    def freed(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def over(self, work) -> int:
+        """Bytes at the peak of a piece of work beyond those before it."""
+        before = self.peak = self.now
+        work()
+        return self.peak - before
+
+
+def needs(recipe: Recipe) -> Need:
+    """Raises FinetuneError for a base that cannot be found, and for words of a method that name none of its layers."""
+    family = registry.find("families", recipe.base.family).outline(recipe.base.path, recipe.base.revision, recipe.base.variant)
+    H, W = largest(recipe)
+    h, w = H // family.stride, W // family.stride
+    with torch.device("meta"), Live() as live:
+        family.sketch(families.DTYPES[recipe.base.dtype])
+        weights = {name: size(part) for name, part in family.parts.items()}
+        method = install(recipe, family)
+        denoiser, vae = family.parts["denoiser"], family.parts["vae"]
+        parameters = method.parameters().values()
+        count, wide = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.dtype == torch.bfloat16)
+        gradients = sum(p.nbytes for p in parameters)
+        state = int(count * (STATE[recipe.train.optimizer] + 4 * bool(recipe.train.ema)))
+        adapters = gradients if any(words.kind in ("lora", "embedding") for words in recipe.method) else 0
+        copy = gradients - adapters     # of a model's own weights, to go back to: on a GPU's machine it is in the RAM
+
+        def drawn(count: int, latents: bool = False) -> Tensor:
+            shape = (count, vae.config.latent_channels, h, w) if latents else (count, 3, H, W)
+            return torch.empty(shape, dtype=vae.dtype)
+
+        denoises, B = method.objective == "denoise", recipe.train.batch_size
+        everything = sum(weights.values()) + adapters
+        phases = {}
+        if denoises:
+            with torch.no_grad():
+                phases["caching"] = everything + live.over(lambda: vae.encode(drawn(1)).latent_dist.mean)
+        if recipe.train.gradient_checkpointing:
+            (denoiser if denoises else vae).enable_gradient_checkpointing()
+        for part in method.trains:
+            family.parts[part].train()
+        step = live.over(lambda: one_step(recipe, family, method, B, h, w))
+        held = sum(weights[part] for part in kept(recipe, method, weights)) + adapters + state
+        phases["training"] = held + copy + step
+        phases["optimizer step"] = held + copy + gradients + 8 * wide       # weights of bfloat16 step in float32
+        if recipe.every.preview and denoises:
+            n = min(AT_ONCE, len(recipe.preview.prompts) * len(recipe.preview.seeds))
+            guided = 2 if recipe.preview.guidance > 1 else 1
+            with torch.no_grad():
+                sampled = live.over(lambda: denoise(family, n * guided, h, w))
+                decoded = live.over(lambda: vae.decode(drawn(n, latents=True)).sample)
+            phases["preview"] = everything + state + copy + max(sampled, decoded)
+    return Need(weights, count, gradients, state, phases)
+
+
+def largest(recipe: Recipe) -> tuple[int, int]:
+    """Height and width of the recipe's largest bucket."""
+    if not (buckets := recipe.data.buckets):
+        return recipe.data.resolution, recipe.data.resolution
+    known = sizes(recipe.data.resolution, buckets.step, buckets.shortest, buckets.longest)
+    return tuple(known[known.prod(1).argmax()].tolist())
+
+
+def size(part: torch.nn.Module) -> int:
+    return sum(t.nbytes for t in (*part.parameters(), *part.buffers()))
+
+
+def install(recipe: Recipe, family) -> Together:
+    """The recipe's methods; a token for each value of a column counts as one, since pictures are not looked at."""
+    methods = []
+    for words in recipe.method:
+        fields = words.model_dump(exclude={"until", "kind", "start_from"})
+        if words.kind == "embedding":
+            fields["tokens"] = {name: {"init": token.init or "a", "vectors": token.vectors} for name, token in words.tokens.items()}
+        methods.append(registry.find("methods", words.kind).build(**fields, seed=recipe.train.seed))
+    together = Together(tuple(methods), tuple(words.until for words in recipe.method))
+    together.install(family)
+    return together
+
+
+def kept(recipe: Recipe, method: Together, weights: dict[str, int]) -> set[str]:
+    """The parts that the steps have in memory: see ground.let_go."""
+    if recipe.every.preview or recipe.base.adapters or any(words.kind == "full" for words in recipe.method):
+        return set(weights)
+    found = set(method.trains)
+    if method.objective == "denoise":
+        found |= {"denoiser"} | ({"vae"} if recipe.data.crop == "random" else set())
+    return found
+
+
+def one_step(recipe: Recipe, family, method: Together, B: int, h: int, w: int) -> None:
+    """Forward and backward of a batch."""
+    if method.objective == "denoise":
+        said = any(part.startswith("text") for part in method.trains)
+        loss = denoise(family, B, h, w, said).square().mean()
+    else:
+        objective = registry.find("objectives", recipe.objective.kind).build(
+            **recipe.objective.model_dump(exclude={"kind"}, exclude_none=True) | {"lpips": 0.0, "sample": False}, step_size=B)
+        pixels = torch.empty(B, 3, h * family.stride, w * family.stride)
+        loss = objective(family, Batch(list(range(B)), [""] * B, torch.ones(B), 1.0, torch.zeros(B, 6), pixels), 0).loss
+    loss.backward()
+    for p in method.parameters().values():
+        p.grad = None
+
+
+def denoise(family, B: int, h: int, w: int, said: bool = False) -> Tensor:
+    """The network's prediction; where captions are `said` in the step, text encoders are run too."""
+    denoiser = family.parts["denoiser"]
+    if said:
+        told = family.encode_text([""] * B)
+    else:
+        pooled = family.parts["text_2"].config.projection_dim if "text_2" in family.parts else None
+        told = Conditioning(torch.empty(B, TOKENS, denoiser.config.cross_attention_dim), pooled and torch.empty(B, pooled))
+    x = torch.empty(B, denoiser.config.in_channels, h, w)
+    return family.denoise(x, torch.zeros(B, dtype=torch.long), told, torch.zeros(B, 6))
