@@ -39,7 +39,8 @@ def sizes() -> None:
             library, cls = configs["model_index"][part]
             row = []
             for kind in (None, "int8", "nf4"):
-                module = _single.empty(getattr({"diffusers": diffusers, "transformers": transformers}[library], cls), configs[part])
+                known = getattr({"diffusers": diffusers, "transformers": transformers}[library], cls)
+                module = _single.empty(known, configs[part])
                 module.to(torch.bfloat16)
                 if kind:
                     quantize(module, kind)

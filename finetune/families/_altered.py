@@ -51,7 +51,8 @@ class Altered:
 
     def load(self, cls: type, component: str, dtype: torch.dtype) -> nn.Module:
         """As `Source.load`."""
-        found = self.replacement(cls, component, dtype) if component in self.replaced else self.source.load(cls, component, dtype)
+        load = self.replacement if component in self.replaced else self.source.load
+        found = load(cls, component, dtype)
         if component.startswith("text_encoder"):
             leave_out(found, self.changes.clip_skip - 1)
         if self.changes.quantize and component != "vae":
@@ -77,7 +78,8 @@ def altered(source: Source, spec: FamilySpec, changes: Changes) -> Source | Alte
     if unknown := [part for part in changes.parts if part not in spec.components]:
         raise FinetuneError(f"base.{unknown[0]}: {spec.name} has no such part; it has {', '.join(spec.components)}")
     if changes.clip_skip > 1 and "text_2" in spec.components:
-        raise FinetuneError(f"base.clip_skip: {spec.name} always takes its text encoders one layer before the last; leave it out")
+        raise FinetuneError(f"base.clip_skip: {spec.name} always takes its text encoders one layer before the last; "
+                            "leave it out")
     return Altered(source, changes, {spec.components[part]: part for part in changes.parts})
 
 
@@ -106,7 +108,8 @@ def leave_out(encoder: nn.Module, count: int) -> None:
         return
     owner = next(m for m in encoder.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList))
     if count >= len(owner.layers):
-        raise FinetuneError(f"base.clip_skip: {count + 1} leaves none of the {len(owner.layers)} layers; at most {len(owner.layers)}")
+        most = len(owner.layers)
+        raise FinetuneError(f"base.clip_skip: {count + 1} leaves none of the {most} layers; at most {most}")
     owner.layers = Layers(owner.layers)
     owner.layers.unused = count
 

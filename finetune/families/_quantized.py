@@ -1,8 +1,8 @@
 """Frozen weights in few bits (Dettmers et al. 2022 and 2023, by bitsandbytes), made whole again for each use.
 
 Layers of our own: those of bitsandbytes round the inputs too (int8), compute in the number format of the first input that they
-ever saw (4 bits), and on some CPUs rewrite their weight once they are used for inference, so that a run would depend on when it
-was previewed (0.50). These give the same in training and at rest, on any device, and to every method a `weight`.
+ever saw (4 bits), and on some CPUs rewrite their weight once they are used for inference, so that a run would depend on when
+it was previewed (0.50). These give the same in training and at rest, on any device, and to every method a `weight`.
 """
 
 from __future__ import annotations

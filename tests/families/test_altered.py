@@ -137,7 +137,8 @@ def test_a_full_fine_tune_with_a_clip_skip_writes_whole_encoders(recipe, train, 
                  "--set", "train.warmup_steps=0", "--set", "export=[diffusers, single_file]") == 0
     checks = json.loads((tmp_path / "run" / "adapter" / "verify.json").read_text())
     assert len(checks) == 2 and all(check["passed"] for found in checks.values() for check in found)
-    before, after = (load_file(path / "text_encoder" / "model.safetensors") for path in (TINY, tmp_path / "run" / "adapter" / "small"))
+    before, after = (load_file(path / "text_encoder" / "model.safetensors")
+                     for path in (TINY, tmp_path / "run" / "adapter" / "small"))
     moved = {name for name in after if not torch.equal(after[name], before[name].float())}
     assert before.keys() == after.keys() and any(".layers.1." in name for name in moved)
     assert not any(".layers.2." in name for name in moved)
