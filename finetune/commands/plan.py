@@ -81,12 +81,13 @@ def table(found: dict) -> str:
     lines += [f"gradients        {gib(found['gradients'])}   of {found['trained']:,} trained numbers",
               f"optimizer        {gib(found['state'])}", "", "at the peak of"]
     lines += [f"  {phase:<15}{gib(size)}" + ("   <- the most" if size == found["peak"] else "") for phase, size in found["phases"].items()]
-    lines += ["", f"room             {gib(found['room'])}   the process and the driver take some of it, not counted here"]
+    lines += ["", f"room             {gib(found['room'])}   less what process and driver take"]
     if found["levers"]:
         lines += ["", "levers, each by itself"]
     for lever in found["levers"]:
         saved = gib(lever["saves"]) if lever["saves"] > 0 else "    nothing"
-        lines += textwrap.wrap(f"  --set {lever['set']}", 80) + [f"      saves {saved.strip()}; {lever['costs']}"]
+        lines += textwrap.wrap(f"  --set {lever['set']}", 80) + textwrap.wrap(f"saves {saved.strip()}; {lever['costs']}", 80, initial_indent=" " * 6,
+                                                                               subsequent_indent=" " * 6)
     lines.append("")
     if found["fits"]:
         lines.append("it fits")
@@ -94,5 +95,5 @@ def table(found: dict) -> str:
         lines += ["it does not fit; it would, with " + gib(found["smallest"]["peak"]).strip() + ", as",
                   *(f"  --set {lever}" for lever in found["smallest"]["set"])]
     else:
-        lines.append("it does not fit, and no lever makes it; a smaller data.resolution, rank or base would")
+        lines.append("it does not fit, and no lever makes it: lower data.resolution")
     return "\n".join(lines)

@@ -45,7 +45,8 @@ def run(args) -> int:
             return _train(loaded, args, folder, deadline)
         except device.OUT_OF_MEMORY as e:
             raise FinetuneError(f"{e}\n    less memory: a smaller train.batch_size with more train.gradient_accumulation, "
-                                "train.gradient_checkpointing: true, base.dtype: bfloat16, a smaller data.resolution") from None
+                                "train.gradient_checkpointing: true, base.dtype: bfloat16, a smaller data.resolution;\n    "
+                                f"`finetune plan {args.recipe}` says what each of them saves") from None
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
                 raise

@@ -9,9 +9,13 @@ Shapes: B batch · L tokens · D text width · C latent channels · H W pixels �
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -20,6 +24,7 @@ from finetune import registry
 from finetune.batch import Batch, Conditioning
 from finetune.data.buckets import sizes
 from finetune.families import base as families
+from finetune.families import sd3
 from finetune.recipe import Recipe
 from finetune.train.together import Together
 
@@ -87,15 +92,37 @@ class Live(TorchDispatchMode):
         return self.peak - before
 
 
+empty = partial(torch.empty, device="meta")
+
+
+@contextmanager
+def flash() -> Iterator[None]:
+    """Inside, attention is the kernel that CPU and GPU take, which keeps no matrix of all pairs; the meta device takes another.
+    A function mode would not do: a backward leaves it, and a checkpoint computes anew in there."""
+    own, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = own
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+              is_causal: bool = False, scale: float | None = None, **_) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
 def needs(recipe: Recipe) -> Need:
     """Raises FinetuneError for a base that cannot be found, and for words of a method that name none of its layers."""
-    family = registry.find("families", recipe.base.family).outline(recipe.base.path, recipe.base.revision, recipe.base.variant)
+    family = registry.find("families", recipe.base.family).outline(
+        recipe.base.path, recipe.base.revision, recipe.base.variant, families.Changes(recipe.base.parts, recipe.base.clip_skip))
     H, W = largest(recipe)
     h, w = H // family.stride, W // family.stride
-    with torch.device("meta"), Live() as live:
-        family.sketch(families.DTYPES[recipe.base.dtype])
-        weights = {name: size(part) for name, part in family.parts.items()}
-        method = install(recipe, family)
+    with flash(), Live() as live:
+        with torch.device("meta"):      # not in the step: peft asks there for the value of a random number
+            family.sketch(families.DTYPES[recipe.base.dtype])
+            weights = {name: size(part) for name, part in family.parts.items()}
+            method = install(recipe, family)
         denoiser, vae = family.parts["denoiser"], family.parts["vae"]
         parameters = method.parameters().values()
         count, wide = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.dtype == torch.bfloat16)
@@ -106,7 +133,7 @@ def needs(recipe: Recipe) -> Need:
 
         def drawn(count: int, latents: bool = False) -> Tensor:
             shape = (count, vae.config.latent_channels, h, w) if latents else (count, 3, H, W)
-            return torch.empty(shape, dtype=vae.dtype)
+            return torch.empty(shape, dtype=vae.dtype, device=vae.device)
 
         denoises, B = method.objective == "denoise", recipe.train.batch_size
         everything = sum(weights.values()) + adapters
@@ -175,8 +202,8 @@ def one_step(recipe: Recipe, family, method: Together, B: int, h: int, w: int) -
     else:
         objective = registry.find("objectives", recipe.objective.kind).build(
             **recipe.objective.model_dump(exclude={"kind"}, exclude_none=True) | {"lpips": 0.0, "sample": False}, step_size=B)
-        pixels = torch.empty(B, 3, h * family.stride, w * family.stride)
-        loss = objective(family, Batch(list(range(B)), [""] * B, torch.ones(B), 1.0, torch.zeros(B, 6), pixels), 0).loss
+        pixels = empty(B, 3, h * family.stride, w * family.stride)
+        loss = objective(family, Batch(list(range(B)), [""] * B, empty(B), 1.0, empty(B, 6), pixels), 0).loss
     loss.backward()
     for p in method.parameters().values():
         p.grad = None
@@ -188,7 +215,9 @@ def denoise(family, B: int, h: int, w: int, said: bool = False) -> Tensor:
     if said:
         told = family.encode_text([""] * B)
     else:
-        pooled = family.parts["text_2"].config.projection_dim if "text_2" in family.parts else None
-        told = Conditioning(torch.empty(B, TOKENS, denoiser.config.cross_attention_dim), pooled and torch.empty(B, pooled))
-    x = torch.empty(B, denoiser.config.in_channels, h, w)
-    return family.denoise(x, torch.zeros(B, dtype=torch.long), told, torch.zeros(B, 6))
+        config, length = denoiser.config, TOKENS + (sd3.LENGTH if "t5" in family.parts else 0)
+        width = config.get("cross_attention_dim") or config.joint_attention_dim
+        pooled = config.get("pooled_projection_dim") or "text_2" in family.parts and family.parts["text_2"].config.projection_dim
+        told = Conditioning(empty(B, length, width), empty(B, pooled) if pooled else None,
+                            level=empty(B, dtype=torch.long) if family.shows == "small" else None)
+    return family.denoise(empty(B, denoiser.config.in_channels, h, w), empty(B, dtype=torch.long), told, empty(B, 6))

@@ -1,0 +1,44 @@
+"""The plan of a recipe: what is counted is what a step allocates, and the levers that it names do what they say."""
+
+import json
+
+import pytest
+
+from finetune.cli import main
+
+
+def plan(recipe, capsys, *words: str) -> tuple[int, dict]:
+    code = main(["plan", str(recipe), "--json", *words])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_nothing_is_loaded_and_a_lever_makes_it_fit(recipe, capsys):
+    code, found = plan(recipe, capsys, "--vram", "1GB")
+    assert code == 0 and found["fits"] and found["smallest"] is None
+    assert found["weights"]["denoiser"] > found["weights"]["vae"] and found["peak"] == max(found["phases"].values())
+    checkpointing = next(lever for lever in found["levers"] if "checkpointing" in lever["set"])
+    room = found["peak"] - checkpointing["saves"] // 2
+    code, tight = plan(recipe, capsys, "--vram", f"{room / 2**20:.3f}MB")
+    assert code == 0 and not tight["fits"] and tight["smallest"]["peak"] <= tight["room"]
+    _, levered = plan(recipe, capsys, *(word for lever in tight["smallest"]["set"] for word in ("--set", lever)))
+    assert levered["peak"] == tight["smallest"]["peak"]
+
+
+def test_what_cannot_be_planned(recipe, capsys):
+    assert main(["plan", str(recipe), "--vram", "much"]) == 2
+    assert "8GB" in capsys.readouterr().err
+    assert main(["plan", str(recipe), "--vram", "1MB"]) == 2
+    out = capsys.readouterr().out
+    assert "no lever makes it" in out and max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("method", ["{kind: full}", "{kind: vae_decoder}", "{kind: lora, variant: dora, text: {}}",
+                                    "{kind: lora, variant: oft}", "{kind: lora, variant: loha}", "{kind: lora, variant: lokr}",
+                                    "{kind: embedding, tokens: {sks-dog: {init: circle}}}"])
+def test_every_method_can_be_planned(recipe, method):
+    from finetune.recipe import load
+    from finetune.train.plan import needs
+
+    plain = ["objective={}"] if "vae" in method else []
+    need = needs(load(recipe, [f"method={method}", *plain]).recipe)
+    assert need.trained and need.phases["training"] > need.weights["vae" if "vae" in method else "denoiser"]
