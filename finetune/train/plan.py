@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map_only
 from finetune import registry
 from finetune.batch import Batch, Conditioning
 from finetune.data.buckets import sizes
+from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.families import sd3
 from finetune.recipe import Recipe
@@ -114,6 +115,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
 
 def needs(recipe: Recipe) -> Need:
     """Raises FinetuneError for a base that cannot be found, and for words of a method that name none of its layers."""
+    if recipe.base.quantize:
+        raise FinetuneError("base.quantize: what its layers take is not planned yet; with --set base.quantize=null you get an upper bound")
     family = registry.find("families", recipe.base.family).outline(
         recipe.base.path, recipe.base.revision, recipe.base.variant, families.Changes(recipe.base.parts, recipe.base.clip_skip))
     H, W = largest(recipe)

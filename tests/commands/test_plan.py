@@ -42,3 +42,13 @@ def test_every_method_can_be_planned(recipe, method):
     plain = ["objective={}"] if "vae" in method else []
     need = needs(load(recipe, [f"method={method}", *plain]).recipe)
     assert need.trained and need.phases["training"] > need.weights["vae" if "vae" in method else "denoiser"]
+
+
+@pytest.mark.parametrize("name, family", [("sd15-inpainting", "sd1"), ("sdxl", "sdxl"), ("sd3-medium", "sd3"), ("sd35-medium", "sd3"),
+                                          ("x4-upscaler", "upscaler")])
+def test_every_family_can_be_planned(recipe, member, name, family):
+    from finetune.recipe import load
+    from finetune.train.plan import needs
+
+    need = needs(load(recipe, [f"base={{family: {family}, path: {member(name)}}}", "data.resolution=64"]).recipe)
+    assert need.phases["training"] > need.weights["denoiser"]
