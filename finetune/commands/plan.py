@@ -8,7 +8,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("recipe", help="a recipe file")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides",
                         help="override a field of the recipe; can be repeated")
-    parser.add_argument("--vram", metavar="SIZE", help="the memory that it has to fit in, such as 8GB; this machine's if left out")
+    parser.add_argument("--vram", metavar="SIZE", 
+                        help="the memory that it has to fit in, such as 8GB; this machine's if left out")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
 
@@ -47,8 +48,9 @@ def plan(recipe: str, overrides: list[str], room: int) -> dict:
 
     plain, saves = need([]), {}
     now = load(recipe, overrides).recipe
-    idle = {"train.gradient_checkpointing=true": now.train.gradient_checkpointing, "train.batch_size=1": now.train.batch_size == 1,
-            "base.dtype=bfloat16": now.base.dtype != "float32", "train.optimizer=adamw8bit": now.train.optimizer.endswith("8bit"),
+    idle = {"train.gradient_checkpointing=true": now.train.gradient_checkpointing,
+            "train.batch_size=1": now.train.batch_size == 1, "base.dtype=bfloat16": now.base.dtype != "float32",
+            "train.optimizer=adamw8bit": now.train.optimizer.endswith("8bit"),
             "every.preview=0": not now.every.preview, "data.crop=center": now.data.crop != "random"}
     for lever in LEVERS:
         if not idle[lever]:
@@ -80,14 +82,15 @@ def table(found: dict) -> str:
     lines = [f"weights          {gib(size)}   {part}" for part, size in found["weights"].items()]
     lines += [f"gradients        {gib(found['gradients'])}   of {found['trained']:,} trained numbers",
               f"optimizer        {gib(found['state'])}", "", "at the peak of"]
-    lines += [f"  {phase:<15}{gib(size)}" + ("   <- the most" if size == found["peak"] else "") for phase, size in found["phases"].items()]
+    lines += [f"  {phase:<15}{gib(size)}" + ("   <- the most" if size == found["peak"] else "")
+              for phase, size in found["phases"].items()]
     lines += ["", f"room             {gib(found['room'])}   less what process and driver take"]
     if found["levers"]:
         lines += ["", "levers, each by itself"]
     for lever in found["levers"]:
         saved = gib(lever["saves"]) if lever["saves"] > 0 else "    nothing"
-        lines += textwrap.wrap(f"  --set {lever['set']}", 80) + textwrap.wrap(f"saves {saved.strip()}; {lever['costs']}", 80, initial_indent=" " * 6,
-                                                                               subsequent_indent=" " * 6)
+        said, indent = f"saves {saved.strip()}; {lever['costs']}", " " * 6
+        lines += [f"  --set {lever['set']}", *textwrap.wrap(said, 80, initial_indent=indent, subsequent_indent=indent)]
     lines.append("")
     if found["fits"]:
         lines.append("it fits")

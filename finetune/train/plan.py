@@ -98,8 +98,8 @@ empty = partial(torch.empty, device="meta")
 
 @contextmanager
 def flash() -> Iterator[None]:
-    """Inside, attention is the kernel that CPU and GPU take, which keeps no matrix of all pairs; the meta device takes another.
-    A function mode would not do: a backward leaves it, and a checkpoint computes anew in there."""
+    """Inside, attention is the kernel that CPU and GPU take, which keeps no matrix of all pairs; the meta device takes
+    another. A function mode would not do: a backward leaves it, and a checkpoint computes anew in there."""
     own, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attention
     try:
         yield
@@ -180,7 +180,8 @@ def install(recipe: Recipe, family) -> Together:
     for words in recipe.method:
         fields = words.model_dump(exclude={"until", "kind", "start_from"})
         if words.kind == "embedding":
-            fields["tokens"] = {name: {"init": token.init or "a", "vectors": token.vectors} for name, token in words.tokens.items()}
+            fields["tokens"] = {name: {"init": token.init or "a", "vectors": token.vectors}
+                                for name, token in words.tokens.items()}
         methods.append(registry.find("methods", words.kind).build(**fields, seed=recipe.train.seed))
     together = Together(tuple(methods), tuple(words.until for words in recipe.method))
     together.install(family)
