@@ -79,7 +79,7 @@ class Base(BaseModel):
     """Leave out the last layers of the text encoder of sd1 and sd2, counted as web UIs do: 1 is none, 2 the last one."""
     quantize: Literal["nf4", "int8"] | None = None
     """Hold the frozen weights of the denoiser's and the text encoders' linear layers in 4 or 8 bits, for less memory and a
-    slower step; adapters stay float32. It needs bitsandbytes. See docs/decisions/0012."""
+    slower step; adapters stay float32. It needs bitsandbytes. See docs/decisions/0010."""
 
     @field_validator("quantize")
     @classmethod
