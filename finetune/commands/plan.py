@@ -1,4 +1,4 @@
-"""Say how much memory a recipe needs, what would make it need less, and whether it fits: before anything is loaded."""
+"""Say how much memory a recipe needs, whether it fits, and what would make it fit."""
 
 import json
 from dataclasses import asdict

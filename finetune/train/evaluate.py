@@ -115,7 +115,9 @@ def paint(family, loaded: list[adapters.Adapter], jobs: list[Job], files: list[P
     """The pictures of the jobs, into these files."""
     with adapters.on(family, loaded):
         pipeline = family.pipeline()
+        changes = family.source.changes
         about = {"base": family.source.name, "scheduler": type(pipeline.scheduler).__name__, "version": __version__,
+                 "clip_skip": changes.clip_skip, "parts": {part: Path(path).name for part, path in changes.parts.items()},
                  "adapters": {each.path.name: each.strength for each in loaded}}
         loras = {each.path.stem: each.strength for each in loaded if each.artifact.kind == "lora"}
         for job, file, picture in zip(jobs, files, generate(pipeline, jobs, batch, say)):

@@ -59,12 +59,13 @@ class Run:
     base_losses: torch.Tensor | None = field(default=None)          # on held-out pictures, once measured
 
 
-def accelerate(recipe: Recipe, folder: RunFolder) -> Accelerator:
-    """The recipe wins over `accelerate config` and its environment variables."""
-    trackers.check(recipe.train.trackers)
+def accelerate(recipe: Recipe, folder: RunFolder | None = None) -> Accelerator:
+    """The recipe wins over `accelerate config` and its environment variables. Without a run's folder there is nothing to track."""
+    tracked = list(recipe.train.trackers) if folder else []
+    trackers.check(tracked)
     try:
-        return Accelerator(mixed_precision=recipe.train.mixed_precision, log_with=list(recipe.train.trackers) or None,
-                           project_dir=folder.root / "trackers", dynamo_backend="no",
+        return Accelerator(mixed_precision=recipe.train.mixed_precision, log_with=tracked or None,
+                           project_dir=folder and folder.root / "trackers", dynamo_backend="no",
                            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
     except ValueError as e:
         raise FinetuneError(f"train.mixed_precision: {recipe.train.mixed_precision} is not available here: {e}") from None

@@ -97,7 +97,7 @@ def test_an_index_that_is_no_json_is_told(base, file, content):
 def test_another_familys_pipeline_is_named(base, name, family):
     edit(base / "model_index.json", _class_name=name)
     said = problem(base)
-    advice = f"use family: {family}" if family == "sdxl" else "this version trains: sd1, sd2, sdxl"
+    advice = f"use family: {family}" if family in ("sdxl", "sd3") else "this version trains: sd1, sd2, sd3, sdxl"
     assert said.startswith("base.family: sd1, but") and f"is {family}: {advice}" in said
 
 
