@@ -86,7 +86,8 @@ def strip(run: Path, part: str, drawn: list[Image.Image]) -> None:
 
 
 def files(run: Path) -> list[Path]:
-    return sorted((run / "adapter").glob("*.safetensors"))
+    """One of each adapter: a further format holds the same again."""
+    return sorted(path for path in (run / "adapter").glob("*.safetensors") if not path.stem.endswith(".diffusers"))
 
 
 # Style: is it in the style, and does it still show what was asked for?
