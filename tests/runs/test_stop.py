@@ -35,7 +35,10 @@ def interrupted(monkeypatch, train):
                 return train(*arguments)
             except SystemExit as end:
                 return end.code
-    return call
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background job ignores it
+    yield call
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_stop_in_every_phase_a_time_budget_and_a_move(recipe, train, interrupted, tmp_path, monkeypatch):
