@@ -55,6 +55,7 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     if recipe.data.prior and recipe.objective.kind == "decode":
         raise FinetuneError("data.prior: a VAE knows no classes; leave it out")
     device.set_threads(recipe.train.threads)
+    device.keep_memory()
     device.check_precision(recipe.train.mixed_precision, recipe.base.dtype, accelerator.device)
     index, held = pictures(recipe, say, not accelerator.is_main_process)
     family = registry.find("families", recipe.base.family).load(
