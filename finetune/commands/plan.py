@@ -48,7 +48,8 @@ def plan(recipe: str, overrides: list[str], room: int) -> dict:
 
     plain, saves = need([]), {}
     now = load(recipe, overrides).recipe
-    idle = {"train.gradient_checkpointing=true": now.train.gradient_checkpointing,
+    idle = {"base.quantize=int8": bool(now.base.quantize), "base.quantize=nf4": bool(now.base.quantize),
+            "train.gradient_checkpointing=true": now.train.gradient_checkpointing,
             "train.batch_size=1": now.train.batch_size == 1, "base.dtype=bfloat16": now.base.dtype != "float32",
             "train.optimizer=adamw8bit": now.train.optimizer.endswith("8bit"),
             "every.preview=0": not now.every.preview, "data.crop=center": now.data.crop != "random"}
@@ -72,13 +73,24 @@ def plan(recipe: str, overrides: list[str], room: int) -> dict:
             "smallest": {"set": chosen, "peak": peak} if chosen and peak <= room else None}
 
 
-def table(found: dict) -> str:
-    """The plan for people, 80 columns wide."""
+def gib(size: int) -> str:
+    return f"{size / 2**30:7.2f} GiB" if size >= 2**27 else f"{size / 2**20:7.1f} MiB"
+
+
+def levers(found: dict) -> list[str]:
+    """Lines on what each lever saves and costs."""
     import textwrap
 
-    def gib(size: int) -> str:
-        return f"{size / 2**30:7.2f} GiB" if size >= 2**27 else f"{size / 2**20:7.1f} MiB"
+    lines = []
+    for lever in found["levers"]:
+        saved = gib(lever["saves"]) if lever["saves"] > 0 else "    nothing"
+        said, indent = f"saves {saved.strip()}; {lever['costs']}", " " * 6
+        lines += [f"  --set {lever['set']}", *textwrap.wrap(said, 80, initial_indent=indent, subsequent_indent=indent)]
+    return lines
 
+
+def table(found: dict) -> str:
+    """The plan for people, 80 columns wide."""
     lines = [f"weights          {gib(size)}   {part}" for part, size in found["weights"].items()]
     lines += [f"gradients        {gib(found['gradients'])}   of {found['trained']:,} trained numbers",
               f"optimizer        {gib(found['state'])}", "", "at the peak of"]
@@ -86,11 +98,7 @@ def table(found: dict) -> str:
               for phase, size in found["phases"].items()]
     lines += ["", f"room             {gib(found['room'])}   less what process and driver take"]
     if found["levers"]:
-        lines += ["", "levers, each by itself"]
-    for lever in found["levers"]:
-        saved = gib(lever["saves"]) if lever["saves"] > 0 else "    nothing"
-        said, indent = f"saves {saved.strip()}; {lever['costs']}", " " * 6
-        lines += [f"  --set {lever['set']}", *textwrap.wrap(said, 80, initial_indent=indent, subsequent_indent=indent)]
+        lines += ["", "levers, each by itself", *levers(found)]
     lines.append("")
     if found["fits"]:
         lines.append("it fits")

@@ -66,8 +66,9 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     family.long = recipe.data.caption.long
     stride = family.stride
     check_step(recipe, family.step)
-    for part in family.parts.values():
-        part.to(accelerator.device)
+    for name, part in family.parts.items():
+        if name != "denoiser":      # it goes there when the encoders have made room, see setup.prepare
+            part.to(accelerator.device)
     weights = {name: families.fingerprint({name: part}) for name, part in family.parts.items()}
     size = recipe.train.batch_size * recipe.train.gradient_accumulation * accelerator.num_processes
     learned = learned_words(recipe, index)
@@ -203,6 +204,7 @@ def class_pictures(recipe: Recipe, ground: Ground, accelerator: Accelerator, say
     where = prior_pictures.folder(*settings, ground)
     if accelerator.is_main_process:
         check_prompt("data.prior.prompt", prior.prompt, ground.family)
+        ground.family.parts["denoiser"].to(accelerator.device)
         prior_pictures.make(where, missing, *settings, ground.family, quiet)
     accelerator.wait_for_everyone()
     made = build([Source(str(where))], reading(recipe), None, say, quiet, "data.prior")

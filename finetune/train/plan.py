@@ -26,6 +26,7 @@ from finetune.data.buckets import sizes
 from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.families import sd3
+from finetune.families._quantized import quantize
 from finetune.recipe import Recipe
 from finetune.train.together import Together
 
@@ -39,6 +40,8 @@ LEVERS = {
     "train.gradient_checkpointing=true": "the same numbers, about a third slower",
     "train.batch_size=1": "with as much more gradient_accumulation: other rounding, slower on a GPU",
     "base.dtype=bfloat16": "frozen weights and their computation in 8 bits of precision",
+    "base.quantize=int8": "frozen weights rounded to 8 bits and made whole again in every step",
+    "base.quantize=nf4": "frozen linear layers rounded to 4 bits, convolutions to 8, and made whole again in every step",
     "train.optimizer=adamw8bit": "its state is rounded",
     "every.preview=0": "no pictures on the way; the encoders leave the memory",
     "data.crop=center": "always the same part of a picture; the VAE leaves the memory",
@@ -115,8 +118,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
 
 def needs(recipe: Recipe) -> Need:
     """Raises FinetuneError for a base that cannot be found, and for words of a method that name none of its layers."""
-    if recipe.base.quantize:
-        raise FinetuneError("base.quantize: what its layers take is not planned yet; with --set base.quantize=null you get an upper bound")
     family = registry.find("families", recipe.base.family).outline(
         recipe.base.path, recipe.base.revision, recipe.base.variant, families.Changes(recipe.base.parts, recipe.base.clip_skip))
     H, W = largest(recipe)
@@ -124,6 +125,9 @@ def needs(recipe: Recipe) -> Need:
     with flash(), Live() as live:
         with torch.device("meta"):      # not in the step: peft asks there for the value of a random number
             family.sketch(families.DTYPES[recipe.base.dtype])
+            if recipe.base.quantize:
+                for name in family.parts.keys() - {"vae"}:
+                    quantize(family.parts[name], recipe.base.quantize)
             weights = {name: size(part) for name, part in family.parts.items()}
             method = install(recipe, family)
         denoiser, vae = family.parts["denoiser"], family.parts["vae"]
@@ -143,7 +147,7 @@ def needs(recipe: Recipe) -> Need:
         phases = {}
         if denoises:
             with torch.no_grad():
-                phases["caching"] = everything + live.over(lambda: vae.encode(drawn(1)).latent_dist.mean)
+                phases["caching"] = everything - weights["denoiser"] + live.over(lambda: vae.encode(drawn(1)).latent_dist.mean)
         if recipe.train.gradient_checkpointing:
             (denoiser if denoises else vae).enable_gradient_checkpointing()
         for part in method.trains:
