@@ -170,6 +170,13 @@ class Recipe(BaseModel):
                    "train": {"optimizer": "adamw8bit"} if "full" in kinds else {}}[info.field_name]
         return follows | words if isinstance(words, dict) else words
 
+    @field_validator("train")
+    @classmethod
+    def _something_to_compile(cls, train: Train, info: ValidationInfo) -> Train:
+        if train.compile and "vae_decoder" in _kinds(info.data):
+            raise ValueError("compile: is of the denoiser, which vae_decoder does not run; leave it out")
+        return train
+
     @field_validator("every")
     @classmethod
     def _something_to_look_at(cls, every: Every, info: ValidationInfo) -> Every:

@@ -91,6 +91,8 @@ class Train(BaseModel):
     """Every random number of the run follows from it."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, about a third slower."""
+    compile: bool = False
+    """Compile the denoiser's blocks with torch.compile: minutes at the start, for each bucket anew, and other rounding."""
     threads: Positive | None = None
     """CPU threads of one process; null shares out all cores."""
     keep_checkpoints: Positive = 2

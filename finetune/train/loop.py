@@ -12,6 +12,7 @@ from finetune.optim.optimizer import load_state, state_tensors
 from finetune.optim.schedule import factor
 from finetune.train import checkpoint, trackers
 from finetune.train.alarm import AFTER, alarms, traces
+from finetune.train.compile import stepping
 from finetune.train.jobs import Job
 from finetune.train.preview import grid, resting
 from finetune.train.sampling import generate
@@ -81,7 +82,8 @@ def one_step(run: Run, step: int, batches: list[Batch]) -> tuple[torch.Tensor, t
     for batch in batches:
         seed_step(recipe.seed, batch.positions[0])
         with nullcontext() if batch is batches[-1] else accelerator.no_sync(run.model):
-            loss = run.model(to_device(batch, accelerator.device))
+            with stepping() if recipe.compile else nullcontext():
+                loss = run.model(to_device(batch, accelerator.device))
             # × 1, or × NaN when this loss is not finite: then no process's gradient is, for they are averaged.
             accelerator.backward(loss * (1 + 0 * loss.detach()))
         total += loss.detach()

@@ -29,6 +29,7 @@ from finetune.optim.rounding import rounded
 from finetune.recipe import Recipe, difference, training_part
 from finetune.runfolder import RunFolder
 from finetune.train import ground, trackers
+from finetune.train.compile import compile_blocks
 from finetune.train.learned import check_said
 from finetune.train.step import TrainStep
 from finetune.train.together import Together
@@ -105,6 +106,8 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
                     accelerator.num_processes, recipe.data.workers)
     if train.gradient_checkpointing:
         family.parts["denoiser" if method.objective == "denoise" else "vae"].enable_gradient_checkpointing()
+    if train.compile:
+        compile_blocks(family.parts["denoiser"], accelerator.device, cache.home().parent / "compiled")
     objective = registry.find("objectives", recipe.objective.kind).build(
         **recipe.objective.model_dump(exclude={"kind"}, exclude_none=True), step_size=base.streams[0].order.size)
     parameters = method.parameters()
