@@ -3,6 +3,8 @@
 import json
 from dataclasses import asdict
 
+from finetune.commands.status import clock
+
 
 def add_arguments(parser) -> None:
     parser.add_argument("recipe", help="a recipe file")
@@ -39,6 +41,9 @@ def size(text: str) -> int:
 
 def plan(recipe: str, overrides: list[str], room: int) -> dict:
     """The need of the recipe, of it with each lever, and the fewest levers that make it fit."""
+    import torch
+
+    from finetune import device
     from finetune.errors import FinetuneError
     from finetune.recipe import load
     from finetune.train.plan import LEVERS, needs
@@ -68,7 +73,10 @@ def plan(recipe: str, overrides: list[str], room: int) -> dict:
         if len(chosen) > 1 and peak <= room and (less := need([c for c in chosen if c != lever]).peak) <= room:
             chosen.remove(lever)
             peak = less
-    return {"room": room, "fits": plain.peak <= room, **asdict(plain), "peak": plain.peak,
+    half = now.train.mixed_precision != "no"
+    rate = device.product_rate(torch.bfloat16 if half else torch.float32)
+    return {"room": room, "fits": plain.peak <= room, **asdict(plain), "peak": plain.peak, "product_rate": rate,
+            "least_seconds": round(plain.flops / rate * now.train.max_steps),
             "levers": [{"set": lever, "saves": saved, "costs": LEVERS[lever]} for lever, saved in saves.items()],
             "smallest": {"set": chosen, "peak": peak} if chosen and peak <= room else None}
 
@@ -97,6 +105,8 @@ def table(found: dict) -> str:
     lines += [f"  {phase:<15}{gib(size)}" + ("   <- the most" if size == found["peak"] else "")
               for phase, size in found["phases"].items()]
     lines += ["", f"room             {gib(found['room'])}   less what process and driver take"]
+    lines += ["", f"a step           {found['flops'] / 1e12:7.2f} TFLOP; products of matrices reach {found['product_rate'] / 1e12:.2f} TFLOP/s here,",
+              f"                 so all steps take at least {clock(found['least_seconds'])}"]
     if found["levers"]:
         lines += ["", "levers, each by itself", *levers(found)]
     lines.append("")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from finetune import registry
 from finetune.batch import Batch, Conditioning
@@ -57,6 +58,7 @@ class Need:
     gradients: int
     state: int                  # of the optimizer, and the average if there is one
     phases: dict[str, int]      # caching, training, optimizer step, preview -> peak
+    flops: int                  # operations of a step, by torch's counter
 
     @property
     def peak(self) -> int:
@@ -152,7 +154,8 @@ def needs(recipe: Recipe) -> Need:
             (denoiser if denoises else vae).enable_gradient_checkpointing()
         for part in method.trains:
             family.parts[part].train()
-        step = live.over(lambda: one_step(recipe, family, method, B, h, w))
+        with counter() as flops:
+            step = live.over(lambda: one_step(recipe, family, method, B, h, w))
         held = sum(weights[part] for part in kept(recipe, method, weights)) + adapters + state
         phases["training"] = held + copy + step
         phases["optimizer step"] = held + copy + gradients + 8 * wide       # weights of bfloat16 step in float32
@@ -163,7 +166,15 @@ def needs(recipe: Recipe) -> Need:
                 sampled = live.over(lambda: denoise(family, n * guided, h, w))
                 decoded = live.over(lambda: vae.decode(drawn(n, latents=True)).sample)
             phases["preview"] = everything + state + copy + max(sampled, decoded)
-    return Need(weights, count, gradients, state, phases)
+    return Need(weights, count, gradients, state, phases, flops.get_total_flops() * recipe.train.gradient_accumulation)
+
+
+def counter() -> FlopCounterMode:
+    """torch's counter, with the attention of the CPU, which it does not know."""
+    aten = torch.ops.aten
+    return FlopCounterMode(display=False, custom_mapping={
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)})
 
 
 def largest(recipe: Recipe) -> tuple[int, int]:
