@@ -27,11 +27,11 @@ def main() -> int:
     restarted()
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="storage-") as folder:
-        recipe, end, wanted, seconds = reference(args.method, Path(folder))
-        cases = [(k, fault) for k in range(1, len(end.calls) + 1) for fault in FAULTS]
+        recipe, calls, wanted, seconds = reference(args.method, Path(folder))
+        cases = [(k, fault) for k in range(1, len(calls) + 1) for fault in FAULTS]
         cases = [cases[i - 1] for i in chosen(len(cases), args.sample, args.seed)]
-        print(f"{args.method}: {len(end.calls)} calls in {seconds:.1f} s; {len(cases)} faults", flush=True)
-        good = sum(met(Case(Path(folder) / "case", recipe), wanted, end.calls, k, fault, draw.choice((FAIL, FAIL_ON)))
+        print(f"{args.method}: {len(calls)} calls in {seconds:.1f} s; {len(cases)} faults", flush=True)
+        good = sum(met(Case(Path(folder) / "case", recipe), wanted, calls, k, fault, draw.choice((FAIL, FAIL_ON)))
                    for k, fault in cases)
     print(f"{args.method}: {good}/{len(cases)} storage faults are told, lose no checkpoint, and end with the same bytes")
     return good < len(cases)
