@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import KILL, OFF, TEAR, Case, arguments, chosen, reference, restarted  # noqa: E402
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--random", type=int, default=0, metavar="N", help="kills at random times")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     restarted()
     with tempfile.TemporaryDirectory(prefix="kill-") as folder:
         place = Path(folder)

@@ -22,11 +22,11 @@ from harness import Case, chosen, reference, restarted  # noqa: E402
 STEPS = {1: 9, 2: 6}        # of three epochs of three pictures, by accumulation: the last step of an epoch may be smaller
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="so many of the starts, drawn; all if left out")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     restarted()
     every = [(words, step) for words in itertools.product((0, 2), (1, 2), ("null", "{decay: 0.9}"), ("adamw", "adamw8bit", "adafactor"))
              for step in range(1, STEPS[words[1]])]

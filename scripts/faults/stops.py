@@ -2,7 +2,7 @@
 
     python scripts/faults/stops.py [--sample 100] [--seed 0]
 
-A run of 60 steps that saves at its end alone gets one of the two at a time drawn from its duration. Good is a stop whose exit
+A run of 40 steps that saves at its end alone gets one of the two at a time drawn from its duration. Good is a stop whose exit
 code says so, whose newest checkpoint has every step that was made, and after which the rest is made and ends with the bytes
 of the undisturbed run. Prints N/N, and how long the slowest stop took.
 """
@@ -18,14 +18,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import Case, reference, restarted  # noqa: E402
 
-STEPS = 60
+STEPS = 40
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     restarted()
     draw, good, slowest = random.Random(args.seed), 0, 0.0
     with tempfile.TemporaryDirectory(prefix="stops-") as folder:
