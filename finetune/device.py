@@ -44,6 +44,18 @@ def exact(like: torch.Tensor):
     return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
+def set_deterministic(on: bool, device: torch.device) -> None:
+    """Allow a GPU nothing but kernels that give the same bits every time; an operation that has none raises RuntimeError. A
+    CPU is left alone: there they all do.
+
+    Torch's flash and memory-efficient attention then take their deterministic way back, and cuDNN's, which has none, is not
+    chosen (sdp_utils.cpp, attention_backward.cu). cuBLAS reads its variable once, before its first product."""
+    if device.type == "cuda":
+        if on:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(on)
+
+
 def memory_mb(device: torch.device) -> int:
     """Peak memory of the device so far; on the CPU the resident memory of the process."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

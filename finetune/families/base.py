@@ -130,18 +130,28 @@ class Source:
 
 
 class Parts(dict):
-    """A family's parts by name. One that was let go is loaded again, as it first was, when it is asked for: the encoders work
-    before the first step and in the proof, and need not be in memory in between. To iterate loads nothing."""
+    """A family's parts by name. One that was let go is loaded again when it is asked for, and is what it was or a
+    FinetuneError: the encoders work before the first step and in the proof, and need not be in memory in between. To iterate
+    loads nothing."""
 
     def __init__(self, load: Callable[[str], nn.Module], names: Iterable[str]):
         super().__init__((name, load(name)) for name in names)
-        self._load, self._known = load, frozenset(self)
+        self._load, self._gone = load, {}
+
+    def let_go(self, name: str, weights: str) -> None:
+        """`weights` is the part's fingerprint."""
+        del self[name]
+        self._gone[name] = weights
 
     def __missing__(self, name: str) -> nn.Module:
-        if name not in self._known:
+        if name not in self._gone:
             raise KeyError(name)
-        self[name] = self._load(name).to(next(next(iter(self.values())).parameters()).device)
-        return self[name]
+        part = self._load(name).to(next(next(iter(self.values())).parameters()).device)
+        if fingerprint({name: part}) != self._gone[name]:
+            raise FinetuneError(f"base: the weights of its {name} are others than at the start of this run: the files were "
+                                "changed meanwhile. Put them back; the same command continues from the last checkpoint")
+        self[name] = part
+        return part
 
 
 def sketched(cls: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.Module:

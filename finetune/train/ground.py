@@ -56,6 +56,7 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
         raise FinetuneError("data.prior: a VAE knows no classes; leave it out")
     device.set_threads(recipe.train.threads)
     device.keep_memory()
+    device.set_deterministic(recipe.train.deterministic, accelerator.device)
     device.check_precision(recipe.train.mixed_precision, recipe.base.dtype, accelerator.device)
     index, held = pictures(recipe, say, not accelerator.is_main_process)
     family = registry.find("families", recipe.base.family).load(
@@ -257,7 +258,7 @@ def let_go(recipe: Recipe, ground: Ground, trains: tuple[str, ...]) -> None:
         needed |= {"denoiser"} | (set() if latents else {"vae"})
         needed |= set() if all(own.text for own in told) else ground.family.parts.keys() - {"denoiser", "vae"}
     for part in ground.family.parts.keys() - needed:
-        del ground.family.parts[part]
+        ground.family.parts.let_go(part, ground.weights[part])
 
 
 def encoders(ground: Ground, device_type: str) -> tuple[str, str]:
