@@ -1,5 +1,6 @@
 """merge, extract and resize on the tiny base, through their commands."""
 
+import hashlib
 import json
 
 import pytest
@@ -148,7 +149,10 @@ def test_resize_keeps_the_format_and_what_the_file_says(tiny, tmp_path, capsys, 
     header = read_header(files["two"])
     facts = formats.identify(header)
     assert facts["format"] == form and facts["ranks"] == [2] and header.metadata["ss_steps"] == "9"
-    assert "sshs_model_hash" not in header.metadata and "finetune.resized" in header.metadata
+    data = files["two"].read_bytes()
+    own = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()      # as A1111 and sd-scripts have it
+    assert header.metadata["sshs_model_hash"] == own and header.metadata["modelspec.hash_sha256"] == f"0x{own}"
+    assert "finetune.resized" in header.metadata
     assert form == "diffusers" or header.metadata["ss_network_dim"] == header.metadata["ss_network_alpha"] == "2"
 
 

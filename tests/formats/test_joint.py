@@ -88,8 +88,8 @@ def test_what_cannot_be_fused_or_taken_apart_is_refused(layers):
     with pytest.raises(FinetuneError, match="ranks differ: export as diffusers"):
         kohya.encode(Artifact("lora", "sd3", uneven, {}), SPEC)
     with pytest.raises(FinetuneError, match="no layer of the original"):
-        _joint.fused({"transformer_blocks.0.odd": {}})
+        _joint.fused({"denoiser.transformer_blocks.0.odd.lora_A": torch.ones(1, 4)})
     name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
-    with pytest.raises(FinetuneError, match="nothing but a LoRA"):
+    with pytest.raises(FinetuneError, match="dora_scale cannot be taken apart"):
         kohya.decode({f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(12, 2),
                       f"{name}.dora_scale": torch.ones(1, 4)}, {}, SPEC)
