@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from finetune.artifact import modules
 from finetune.errors import FinetuneError
 from finetune.families._original import JOINT, JOINT_FUSED, MMDIT
+from finetune.formats._modules import settle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,6 +91,7 @@ def _apart(path: str, roles: Roles) -> list[Roles]:
     """The changes of q, k and v; an empty one for what `_together` was not given."""
     import torch
 
+    roles = _multiplied_out(path, roles)
     parts, down = _bands(path, roles, 3), roles.get("lora_A")
     if roles.keys() - {"alpha"} == {"lora_A", "lora_B"} and down.ndim == 2 and len(down) % 3 == 0 \
             and roles["lora_B"].shape[1:] == down.shape[:1]:
@@ -105,12 +107,24 @@ def _turned(path: str, roles: Roles) -> Roles:
     it has two rows for each column, where another has six or nine."""
     import torch
 
+    if not path.endswith(("norm_out.linear", "norm1_context.linear")):
+        return roles
+    roles = _multiplied_out(path, roles)
     columns = next((t.shape[-1] for role in ("lora_A", "hada_w1_b", "diff") if (t := roles.get(role)) is not None and t.ndim), None)
     rows = next((len(roles[role]) for role in ROWS if role in roles and roles[role].ndim), 0)
-    if not path.endswith(("norm_out.linear", "norm1_context.linear")) or columns and rows != 2 * columns:
+    if columns and rows != 2 * columns:
         return roles
     first, second = _bands(path, roles, 2)
-    return {role: t if first[role] is t else torch.cat([second[role], first[role]]) for role, t in roles.items()}
+    return {role: t if role in SHARED else torch.cat([second[role], t]) for role, t in first.items()}
+
+
+def _multiplied_out(path: str, roles: Roles) -> Roles:
+    """A LoKr, whose rows hang together, as the difference that it is."""
+    from finetune.change import core
+
+    if "dora_scale" in roles or not any(role.startswith("lokr_") for role in roles):
+        return roles
+    return {"diff": core(settle(path, roles, float))} | {role: t for role, t in roles.items() if role == "diff_b"}
 
 
 def _bands(path: str, roles: Roles, count: int) -> list[dict[str, Tensor]]:

@@ -49,7 +49,7 @@ def load(path: str | Path, spec: FamilySpec) -> Artifact:
             if module.reads(header):
                 return module.decode(read_tensors(path), said, spec)
         raise FinetuneError(
-            f"no format reads it: kind {facts['kind'] or 'unknown'}, keys {_some(list(header.tensors))}\n"
+            f"no format reads it: kind {facts['kind'] or 'unknown'}, keys {_some(list(header.tensors)) or 'none'}\n"
             f"    formats: {', '.join(registry.names('formats'))}; `finetune inspect` says more about it"
         )
     except FinetuneError as error:
@@ -170,6 +170,8 @@ def peft_configs(metadata: Mapping[str, str]) -> dict[str, dict]:
             component, _, field = key.partition(".")
             configs.setdefault(component, {})[field] = value
         for config in configs.values():
+            if not (isinstance(config.get("r", 1), int) and isinstance(config.get("rank_pattern", {}), dict)):
+                raise TypeError("a rank that is no number")
             alphas = config.get("alpha_pattern", {}) | {"": config.get("lora_alpha", config.get("alpha", 1))}
             for pattern, alpha in alphas.items():
                 if re.search(r"[^\w.^$|()\\*-]", pattern) or pattern.count("*") > 2 or "(" in pattern:
