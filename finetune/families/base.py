@@ -274,6 +274,8 @@ def touched(parts: dict[str, nn.Module], artifact: Artifact):
             yield from ((f"{part}.{path}", weight(parts, part, path, role), tensor) for role, tensor in module.items())
         else:
             yield f"{part}.{path}", weight(parts, part, path), module
+            if "diff_b" in module:
+                yield f"{part}.{path}.bias", weight(parts, part, path, "bias"), {"diff": module["diff_b"]}
 
 
 def misfits(parts: dict[str, nn.Module], artifact: Artifact) -> list[str]:

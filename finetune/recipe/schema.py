@@ -108,6 +108,8 @@ class Preview(BaseModel):
     """Sampling steps."""
     guidance: Annotated[float, Field(ge=0)] = 5.0
     """Classifier-free guidance; 1 is none."""
+    thumbnail: bool = False
+    """Keep the first preview of what was trained in the adapter's metadata, as a small JPEG that some web UIs show it by."""
 
 
 class Every(BaseModel):
@@ -182,6 +184,8 @@ class Recipe(BaseModel):
     def _something_to_look_at(cls, every: Every, info: ValidationInfo) -> Every:
         if every.preview and "preview" in info.data and not info.data["preview"].prompts:
             raise ValueError(f"preview: {every.preview} has nothing to sample: preview.prompts is empty")
+        if not every.preview and "preview" in info.data and info.data["preview"].thumbnail:
+            raise ValueError("preview.thumbnail is the first preview, and preview: 0 samples none")
         if every.validate and "data" in info.data and not info.data["data"].validation:
             raise ValueError(f"validate: {every.validate} has nothing to measure: data.validation is null")
         train = info.data.get("train")

@@ -13,9 +13,8 @@ from finetune.optim.schedule import factor
 from finetune.train import checkpoint, trackers
 from finetune.train.alarm import AFTER, alarms, traces
 from finetune.train.compile import stepping
-from finetune.train.jobs import Job
 from finetune.train.preview import grid, resting
-from finetune.train.sampling import generate
+from finetune.train.sampling import generate, previews
 from finetune.train.setup import Run, seed_step, to_device
 from finetune.train.stop import Stop, Stopped
 from finetune.train.validate import validate
@@ -151,9 +150,7 @@ def preview(run: Run, done: int, stop: Stop) -> None:
     """A grid of the base beside what is trained so far, unless the run is asked to stop meanwhile. Changes no bit of the
     training: it draws from its own seeds."""
     if run.accelerator.is_main_process:
-        p = run.recipe.preview
-        jobs = [Job(prompt=prompt, seed=seed, steps=p.steps, guidance=p.guidance, size=(run.recipe.data.resolution,) * 2)
-                for prompt in p.prompts for seed in p.seeds]
+        jobs = previews(run.recipe)
         with suppress(Stopped), resting(run.family.parts), stop.raised_by(run.family.parts["denoiser"]):
             pipeline = run.family.pipeline()
             if run.base_pictures is None:
