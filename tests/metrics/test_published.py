@@ -85,7 +85,9 @@ def test_clip_t_is_that_of_torchmetrics(clip, tmp_path):
 
 
 def test_distances_of_sets_are_those_of_torchmetrics():
-    image = pytest.importorskip("torchmetrics.image")
+    of = pytest.importorskip("torchmetrics.image.fid")
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 8)), rng.normal(0.3, 1.2, size=(80, 8))
 
@@ -95,11 +97,11 @@ def test_distances_of_sets_are_those_of_torchmetrics():
         def forward(self, pictures):
             return pictures[:, 0, 0]
 
-    fid = image.FrechetInceptionDistance(Known(), normalize=True, input_img_size=(1, 1, 8)).set_dtype(torch.float64)
+    fid = of.FrechetInceptionDistance(Known(), normalize=True, input_img_size=(1, 1, 8)).set_dtype(torch.float64)
     for rows, real in ((x, False), (y, True)):
         fid.update(torch.from_numpy(rows)[:, None, None], real=real)
     assert frechet(x, y) == pytest.approx(fid.compute().item(), abs=1e-5)
-    kid = image.KernelInceptionDistance(Known(), subsets=1, subset_size=60, normalize=True)
+    kid = KernelInceptionDistance(Known(), subsets=1, subset_size=60, normalize=True)
     for rows, real in ((x, False), (y[:60], True)):
         kid.update(torch.from_numpy(rows)[:, None, None], real=real)
     assert facts(kernel_distance(x, y[:60]))["value"] == pytest.approx(kid.compute()[0].item(), abs=1e-5)
