@@ -12,7 +12,6 @@ def add_arguments(parser) -> None:
     parser.add_argument("--prompt", metavar="WORDS", help="what the model is told: how its captions begin (BLIP, GIT), its task (<CAPTION> "
                         "of Florence-2), or what is asked of one that answers; these are asked for one sentence if it is not given")
     parser.add_argument("--tokens", type=int, default=50, metavar="N", help="of a caption at the most, 50 if not given")
-    parser.add_argument("--quiet", action="store_true", help="no bar")
 
 
 def run(args) -> int:
@@ -43,7 +42,7 @@ def run(args) -> int:
         todo = [i for i in range(len(index)) if "synthetic" not in index.columns(i)]
         captioner, made = Captioner(args.model, args.prompt, args.tokens) if todo else None, 0
         with open(out, "a", encoding="utf-8") as file:
-            for i in tqdm(todo, unit="img", disable=args.quiet):
+            for i in tqdm(todo, unit="img"):
                 if caption := captioner.caption(pictures.read(index.read(i), index.name(i))):
                     print(json.dumps({"file_name": names[i], "synthetic": caption}, ensure_ascii=False), file=file, flush=True)
                     made += 1

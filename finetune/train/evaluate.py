@@ -111,7 +111,7 @@ def training(place: str) -> Album:
     return Album([index.name(i) for i in range(len(index))], index.read)
 
 
-def paint(family, loaded: list[adapters.Adapter], jobs: list[Job], files: list[Path], batch: int, say: str | None) -> None:
+def paint(family, loaded: list[adapters.Adapter], jobs: list[Job], files: list[Path], batch: int, say: str) -> None:
     """The pictures of the jobs, into these files."""
     with adapters.on(family, loaded):
         pipeline = family.pipeline()
