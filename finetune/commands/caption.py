@@ -1,4 +1,6 @@
-"""Caption pictures with a model, beside the captions that they have: the column `synthetic`, in synthetic.jsonl."""
+"""Caption pictures with a model, beside the captions that they have.
+
+What it says is the column `synthetic`, in a table of its own, synthetic.jsonl."""
 
 from pathlib import Path
 

@@ -63,7 +63,8 @@ def run(args) -> int:
     from finetune.train.lint import lint as look_closer
 
     report = look_closer(load(out, []).recipe, say)
-    print(f"{lint.table(report)}\n\n{out} is written; read it, change it, and then\n    accelerate launch -m finetune train {out}")
+    print(f"{lint.table(report)}\n\n{out} is written; read it, change it, and then\n"
+          f"    finetune plan {out}      # the memory it takes\n    accelerate launch -m finetune train {out}")
     return 2 if report.code == 2 else 0
 
 

@@ -1,4 +1,4 @@
-"""Sample the previews of a run from its checkpoints, in a process of its own: while it trains, or afterwards."""
+"""Sample a run's previews from its checkpoints, beside the training or afterwards."""
 
 from pathlib import Path
 
@@ -20,9 +20,7 @@ def run(args) -> int:
     folder = RunFolder(args.run, args.run.name)
     if not (begun := folder.known()):
         raise FinetuneError(f"{args.run} is no run folder: it has no run.json")
-    recipe = load(folder.resolved, ["data.prior=null"]).recipe        # class pictures are not looked at
-    if not recipe.preview.prompts:
-        raise FinetuneError(f"{folder.resolved}: preview.prompts is empty, so there is nothing to sample")
+    recipe = load(folder.resolved, ["every.preview=1", "data.prior=null"]).recipe     # class pictures are not looked at
     from finetune.train import checkpoint, ground, preview, setup
 
     def draw(step: int, base: list | None) -> list:

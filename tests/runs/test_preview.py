@@ -45,6 +45,8 @@ def test_measured_kept_and_sampled_apart(recipe, train, tmp_path, capsys):
     capsys.readouterr()
     assert main(["preview", str(plain)]) == 0 and not capsys.readouterr().out       # all are there
 
+    assert main(["preview", str(tmp_path)]) == 2 and "is no run folder" in capsys.readouterr().err
+
     # Killed after the checkpoint of step 4, with its preview measured but not yet written
     shutil.rmtree(with_them / "checkpoints/step-00000006")
     (with_them / "previews/step-00000004.png").unlink()
@@ -60,4 +62,3 @@ def test_measured_kept_and_sampled_apart(recipe, train, tmp_path, capsys):
 def test_mistakes(words, said, recipe, train, tmp_path, capsys):
     assert train(recipe, tmp_path / "run", *given(*WORDS, *MEASURED, *words)) == 2
     assert said in capsys.readouterr().err
-    assert main(["preview", str(tmp_path)]) == 2 and "is no run folder" in capsys.readouterr().err
