@@ -62,7 +62,7 @@ def _train(loaded, args, folder, deadline: float) -> int:
     from finetune.artifact import read_tensors
     from finetune.recipe import dump
     from finetune.runfolder import write_json, write_text
-    from finetune.train import loop, report, setup, trackers, validate
+    from finetune.train import best, loop, report, setup, trackers
 
     recipe = loaded.recipe
     accelerator = setup.accelerate(recipe, folder)
@@ -94,7 +94,7 @@ def _train(loaded, args, folder, deadline: float) -> int:
         with run.ema.swapped() if run.ema else nullcontext():
             hand_over(run)
         if recipe.train.keep_best:
-            say(f"best      of step {validate.best(run)} by the loss on held-out pictures")
+            say(f"best      of step {best.best(run)} by {best.criterion(recipe)[0]}")
             run.method.restore(read_tensors(folder.best))
             hand_over(replace(run, folder=folder.of_best()))
         say(f"report    {report.write([folder.root], folder.root / report.NAME)}")

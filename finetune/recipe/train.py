@@ -108,10 +108,11 @@ class Train(BaseModel):
 
     trackers: Annotated[Many[Text], AfterValidator(different)] = ()
     """Where the log and the previews go too, as Accelerate names them: tensorboard (into trackers/ of the run), wandb, mlflow, …"""
-    keep_best: bool = False
-    """Also hand over what had the least loss on held-out pictures, in adapter/best/."""
+    keep_best: bool | Text = False
+    """Also hand over the best, in adapter/best/: true is what had the least loss on held-out pictures, and the name of one of
+    preview.metrics, such as dino, what was best by that."""
     patience: Positive | None = None
-    """End when so many validations in a row were not better than the best; null goes on to max_steps."""
+    """End when so many looks in a row were not better than the best, by what keep_best says; null goes on to max_steps."""
 
     @property
     def seconds(self) -> float:

@@ -30,6 +30,7 @@ from finetune.recipe import Recipe, difference, training_part
 from finetune.runfolder import RunFolder
 from finetune.train import ground, trackers
 from finetune.train.compile import compile_blocks
+from finetune.train.judge import Judge
 from finetune.train.learned import check_said
 from finetune.train.step import TrainStep
 from finetune.train.together import Together
@@ -56,6 +57,7 @@ class Run:
     ema: Ema | None
     identity: dict
     say: Say
+    judge: Judge | None = None          # what is measured of previews
     base_pictures: list[Image.Image] | None = field(default=None)   # previews of the untouched base, once sampled
     base_losses: torch.Tensor | None = field(default=None)          # on held-out pictures, once measured
 
@@ -126,8 +128,9 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     say(f"trains    {kinds}: {trained:,} parameters in {len(parameters)} tensors")
     if any(getattr(words, "encoder", False) for words in recipe.method):
         say("note: the encoder is trained too, so latents change: a denoiser that was trained on the old ones will not fit")
+    judge = Judge(recipe, base.streams[0].index) if recipe.preview.metrics and accelerator.is_main_process else None
     return Run(recipe, folder, accelerator, family, method, objective, loader, base.validation, parameters, model, optimizer, ema,
-               identity, say)
+               identity, say, judge)
 
 
 def install(recipe: Recipe, base: ground.Ground) -> Together:
