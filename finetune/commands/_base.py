@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-PARTS = "denoiser", "text", "text_2", "vae"
+PARTS = "denoiser", "text", "text_2", "text_3", "vae"
 
 
 def add_arguments(parser, without: str = "") -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser, without: str = "") -> None:
 
 def parts_arguments(parser) -> None:
     parts = parser.add_argument_group("parts of the base from elsewhere", "Each a diffusers folder, of a model or of the part "
-                                      "alone, or a .safetensors file.")
+                                      "alone, or a .safetensors file; --text-3 none leaves the T5 of sd3 out.")
     for part in PARTS:
         parts.add_argument(f"--{part.replace('_', '-')}", metavar="PATH")
 

@@ -23,6 +23,7 @@ class Altered:
     source: Source | _single.SingleFile
     changes: Changes
     replaced: dict[str, str]        # component -> the part that it is
+    without: tuple[str, ...] = ()   # components that are left out
 
     def __getattr__(self, name: str):
         return getattr(self.source, name)
@@ -42,7 +43,18 @@ class Altered:
         return Path(self.changes.parts[self.replaced[component]]).expanduser()
 
     def has(self, component: str) -> bool:
-        return component in self.replaced or self.source.has(component)
+        encoder = component.replace("tokenizer", "text_encoder")
+        return encoder not in self.without and (encoder in self.replaced or self.source.has(component))
+
+    def tokenizer(self, component: str):
+        """The base's own. Where it has none, as single files have none of T5, that of the model which the encoder is from."""
+        part, path = self.replaced.get(encoder := component.replace("tokenizer", "text_encoder")), None
+        if not part or self.source.has(component):
+            return self.source.tokenizer(component)
+        if not ((path := self.path_of(encoder)) / component).is_dir():
+            raise FinetuneError(f"base.{part}: {path} has no {component}, and neither has the base: give the diffusers folder of a "
+                                "whole model that has both")
+        return locate(str(path)).tokenizer(component)
 
     def config(self, component: str) -> dict:
         """What a folder says of its own part goes before what the base says: such as that a VAE can do with float16."""
@@ -66,7 +78,8 @@ class Altered:
                 own, base = predicts(path), self.source.scheduler().config.get("prediction_type")
                 if own and own != base:
                     raise FinetuneError(f"{path}: it predicts {own}, and the base {base}: give it as base.path")
-            return _single.part(path, cls, component, dtype, self.source.config(component))
+            config = (self.source if self.source.has(component) else self).config(component)
+            return _single.part(path, cls, component, dtype, config)
         except FinetuneError as e:
             raise FinetuneError(f"base.{part}: {str(e).removeprefix('base.path: ')}") from None
 
@@ -77,10 +90,14 @@ def altered(source: Source, spec: FamilySpec, changes: Changes) -> Source | Alte
         return source
     if unknown := [part for part in changes.parts if part not in spec.components]:
         raise FinetuneError(f"base.{unknown[0]}: {spec.name} has no such part; it has {', '.join(spec.components)}")
+    without = [part for part, path in changes.parts.items() if path == "none"]
+    if needed := [part for part in without if part != "text_3"]:
+        raise FinetuneError(f"base.{needed[0]}: {spec.name} cannot do without it; none is for text_3, the T5 of sd3")
     if changes.clip_skip > 1 and "text_2" in spec.components:
         raise FinetuneError(f"base.clip_skip: {spec.name} always takes its text encoders one layer before the last; "
                             "leave it out")
-    return Altered(source, changes, {spec.components[part]: part for part in changes.parts})
+    return Altered(source, changes, {spec.components[part]: part for part in changes.parts if part not in without},
+                   tuple(spec.components[part] for part in without))
 
 
 def predicts(path: Path) -> str | None:

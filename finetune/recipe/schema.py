@@ -73,6 +73,9 @@ class Base(BaseModel):
     """Take the text encoder from elsewhere, likewise."""
     text_2: Text | None = None
     """Take the second text encoder from elsewhere, likewise."""
+    text_3: Text | None = None
+    """Take the T5 of sd3 from elsewhere, likewise; `none` does without it, which saves 9.5 GB in bfloat16 and leaves 75 tokens of a
+    caption."""
     vae: Text | None = None
     """Take the VAE from elsewhere, likewise; also for a checkpoint that has none."""
     clip_skip: Positive = 1
@@ -92,7 +95,7 @@ class Base(BaseModel):
     @property
     def parts(self) -> dict[str, str]:
         """The parts that come from elsewhere."""
-        return {part: path for part in ("denoiser", "text", "text_2", "vae") if (path := getattr(self, part))}
+        return {part: path for part in ("denoiser", "text", "text_2", "text_3", "vae") if (path := getattr(self, part))}
 
 
 class Preview(BaseModel):

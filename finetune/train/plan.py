@@ -219,7 +219,7 @@ def denoise(family, B: int, h: int, w: int, said: bool = False) -> Tensor:
     if said:
         told = family.encode_text([""] * B)
     else:
-        config, length = denoiser.config, TOKENS + (sd3.LENGTH if "t5" in family.parts else 0)
+        config, length = denoiser.config, TOKENS + (sd3.LENGTH if "text_3" in family.parts else 0)
         width = config.get("cross_attention_dim") or config.joint_attention_dim
         pooled = config.get("pooled_projection_dim") or "text_2" in family.parts and family.parts["text_2"].config.projection_dim
         told = Conditioning(empty(B, length, width), empty(B, pooled) if pooled else None,
