@@ -61,6 +61,18 @@ class Altered:
         folder = component in self.replaced and _single.folder_of(self.path_of(component), component)
         return Source(str(folder.parent), None, None, {}).config(folder.name) if folder else self.source.config(component)
 
+    def scheduler(self, *component: str):
+        """The base's own, or one with the noising that the words say."""
+        import diffusers
+
+        own, how = self.source.scheduler(*component), (self.changes.prediction, self.changes.zero_snr)
+        if component or how == (None, None):
+            return own
+        if "prediction_type" not in own.config:
+            raise FinetuneError("base.prediction: a base on rectified flow predicts its velocity; leave prediction and zero_snr out")
+        config = _single.noised({**own.config, "_class_name": type(own).__name__}, *how)
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
     def load(self, cls: type, component: str, dtype: torch.dtype) -> nn.Module:
         """As `Source.load`."""
         load = self.replacement if component in self.replaced else self.source.load
@@ -75,7 +87,7 @@ class Altered:
         part, path = self.replaced[component], self.path_of(component)
         try:
             if part == "denoiser":
-                own, base = predicts(path), self.source.scheduler().config.get("prediction_type")
+                own, base = predicts(path), self.scheduler().config.get("prediction_type")
                 if own and own != base:
                     raise FinetuneError(f"{path}: it predicts {own}, and the base {base}: give it as base.path")
             config = (self.source if self.source.has(component) else self).config(component)

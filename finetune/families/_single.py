@@ -102,13 +102,19 @@ def source(path: str) -> SingleFile:
 def configs(known: Known) -> dict[str, dict]:
     """What is shipped for a model of this kind, with the noising that its file tells of."""
     found = json.loads((ASSETS / "configs" / f"{known.name}.json").read_text(encoding="utf-8"))
-    said = {"prediction_type": known.prediction} if known.prediction else {}
-    if known.zero_snr:      # PNDM knows none
-        pndm = found["scheduler"]["_class_name"] == "PNDMScheduler"
-        said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} | ({"_class_name": "DDIMScheduler"} if pndm else {})
-    found["scheduler"] |= said
+    found["scheduler"] = noised(found["scheduler"], known.prediction, known.zero_snr or None)
     found["model_index"]["scheduler"] = ["diffusers", found["scheduler"]["_class_name"]]
     return found
+
+
+def noised(scheduler: dict, prediction: str | None, zero_snr: bool | None) -> dict:
+    """A scheduler's config with another noising; None is its own."""
+    said = {"prediction_type": prediction} if prediction else {}
+    said |= {} if zero_snr is None else {"rescale_betas_zero_snr": zero_snr}
+    if zero_snr:        # PNDM knows none
+        pndm = scheduler["_class_name"] == "PNDMScheduler"
+        said |= {"timestep_spacing": "trailing"} | ({"_class_name": "DDIMScheduler"} if pndm else {})
+    return scheduler | said
 
 
 def _measured(path: str, known: Known) -> dict:

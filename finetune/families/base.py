@@ -64,6 +64,8 @@ class Changes:
     parts: Mapping[str, str] = field(default_factory=dict)      # part -> the folder or file that it is taken from
     clip_skip: int = 1                                          # 1 is none, as web UIs count
     quantize: str | None = None                                 # nf4 or int8: all but the VAE
+    prediction: str | None = None                               # in the words of diffusers, and
+    zero_snr: bool | None = None                                # zero terminal SNR; None is what the base says
 
 
 @dataclass(frozen=True)

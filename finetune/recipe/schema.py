@@ -78,6 +78,10 @@ class Base(BaseModel):
     caption."""
     vae: Text | None = None
     """Take the VAE from elsewhere, likewise; also for a checkpoint that has none."""
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the denoiser predicts, where the base itself says it wrong or not at all; not for sd3."""
+    zero_snr: bool | None = None
+    """Whether its noising ends without any signal (zero terminal SNR), likewise."""
     clip_skip: Positive = 1
     """Leave out the last layers of the text encoder of sd1 and sd2, counted as web UIs do: 1 is none, 2 the last one."""
     quantize: Literal["nf4", "int8"] | None = None

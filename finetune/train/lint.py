@@ -19,7 +19,7 @@ from finetune.data.loader import Stream
 from finetune.data.split import split
 from finetune.data.tables import Note
 from finetune.errors import FinetuneError
-from finetune.families.base import Changes, Unreachable
+from finetune.families.base import Unreachable
 from finetune.recipe import Recipe
 from finetune.train import ground
 from finetune.train.learned import check_said
@@ -75,7 +75,7 @@ def lint(recipe: Recipe, say: Say) -> Report:
     indexes = {role: index for role, index in indexes.items() if len(index)}
 
     family = report.tried("base", registry.find("families", recipe.base.family).outline, recipe.base.path,
-                          recipe.base.revision, recipe.base.variant, Changes(recipe.base.parts, recipe.base.clip_skip))
+                          recipe.base.revision, recipe.base.variant, ground.changes(recipe))
     if family:
         report.tried("size", ground.check_step, recipe, family.step)
         report.tried("base", ground.shown, recipe, family)

@@ -27,6 +27,7 @@ from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.families import sd3
 from finetune.recipe import Recipe
+from finetune.train import ground
 from finetune.train.together import Together
 
 STATE = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "lion": 4, "lion8bit": 1 + 4 / 256, "adafactor": 0, "prodigy": 16,
@@ -118,7 +119,7 @@ def needs(recipe: Recipe) -> Need:
     if recipe.base.quantize:
         raise FinetuneError("base.quantize: what its layers take is not planned yet; with --set base.quantize=null you get an upper bound")
     family = registry.find("families", recipe.base.family).outline(
-        recipe.base.path, recipe.base.revision, recipe.base.variant, families.Changes(recipe.base.parts, recipe.base.clip_skip))
+        recipe.base.path, recipe.base.revision, recipe.base.variant, ground.changes(recipe))
     H, W = largest(recipe)
     h, w = H // family.stride, W // family.stride
     with flash(), Live() as live:

@@ -91,6 +91,18 @@ def test_a_t5_comes_from_elsewhere_with_its_vocabulary_or_is_left_out(member, tm
         assert families.fingerprint({"": same.parts["text_3"]}) == families.fingerprint({"": whole.parts["text_3"]})
 
 
+def test_what_a_base_predicts_can_be_said_and_goes_with_it(member, tmp_path):
+    family = sd1.load("tiny", changes=Changes(prediction="v_prediction", zero_snr=True))
+    families.write(family, tmp_path / "said", torch.float32)
+    for each in (family, sd1.outline(str(tmp_path / "said"))):
+        assert each.path.prediction == "v_prediction" and each.path.alphas_cumprod[-1] == 0
+        assert each.scheduler.config.timestep_spacing == "trailing" and each.scheduler.config.rescale_betas_zero_snr
+    with pytest.raises(FinetuneError, match="zero signal"):
+        sd1.outline("tiny", changes=Changes(zero_snr=True))
+    with pytest.raises(FinetuneError, match="base.prediction: a base on rectified flow"):
+        sd3.outline(str(member("sd3-medium")), changes=Changes(prediction="epsilon"))
+
+
 def test_two_encoders_are_never_skipped():
     with pytest.raises(FinetuneError, match="sdxl always takes its text encoders one layer before the last"):
         altered(locate("tiny"), sdxl.SPEC, Changes(clip_skip=2))
