@@ -97,9 +97,18 @@ class Altered:
 
 
 def altered(source: Source, spec: FamilySpec, changes: Changes) -> Source | Altered:
-    """The source with these changes. Raises FinetuneError for those that the family does not know."""
-    if changes == Changes():
-        return source
+    """The source with these changes. Raises FinetuneError for those that the family does not know, and for parts that are missing."""
+    if changes != Changes():
+        source = _changed(source, spec, changes)
+    missing = [part for part, component in spec.components.items() if part != "text_3" and not source.has(component)]
+    if missing:
+        raise FinetuneError(f"base.path: {source.path}: it holds no {' and no '.join(spec.components[part] for part in missing)}: give "
+                            "a whole checkpoint, or beside it "
+                            + " and ".join(f"base.{part} (--{part.replace('_', '-')})" for part in missing))
+    return source
+
+
+def _changed(source: Source | _single.SingleFile, spec: FamilySpec, changes: Changes) -> Altered:
     if unknown := [part for part in changes.parts if part not in spec.components]:
         raise FinetuneError(f"base.{unknown[0]}: {spec.name} has no such part; it has {', '.join(spec.components)}")
     without = [part for part, path in changes.parts.items() if path == "none"]
