@@ -1,14 +1,19 @@
 """What every family shares: its constants, where its parts come from, and adapters merged into its weights."""
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError
@@ -41,6 +46,11 @@ class FamilySpec:
     sgm: bool = False                       # whether kohya's files have the names of the code that the family came with
     joint: bool = False                     # the same of SD 3, where q, k and v are one layer; diffusers does not read them
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders that can be trained."""
+        return tuple(part for part in self.kohya if part != "denoiser")
+
 
 CLIP_ATTENTION = ("*.self_attn.q_proj", "*.self_attn.k_proj", "*.self_attn.v_proj", "*.self_attn.out_proj")
 CLIP_FEED_FORWARD = ("*.mlp.fc1", "*.mlp.fc2")
@@ -54,6 +64,8 @@ class Changes:
     parts: Mapping[str, str] = field(default_factory=dict)      # part -> the folder or file that it is taken from
     clip_skip: int = 1                                          # 1 is none, as web UIs count
     quantize: str | None = None                                 # nf4 or int8: all but the VAE
+    prediction: str | None = None                               # in the words of diffusers, and
+    zero_snr: bool | None = None                                # zero terminal SNR; None is what the base says
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,27 @@ def sketched(cls: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.Modul
         torch.set_default_dtype(before)
 
 
+def load(outline: Callable, path: str, dtype: torch.dtype = torch.float32, revision: str | None = None,
+         variant: str | None = None, changes: Changes = Changes()):
+    """The family over the base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is another
+    family's."""
+    bare = outline(path, revision, variant, changes)
+    family = copy.copy(bare)        # the other holds no parts, so that those of this one go when it does
+    family.parts = Parts(partial(bare.load_part, dtype=dtype), bare.kinds)
+    return family
+
+
+def sketch(family, dtype: torch.dtype) -> None:
+    """Give an outline its parts from their configs alone; inside a FakeTensorMode they have shapes and no numbers."""
+    family.parts |= {part: sketched(kind, family.source.config(family.spec.components[part]), dtype)
+                     for part, kind in family.kinds.items()}
+
+
+def tokenizer(spec: FamilySpec, part: str) -> str:
+    """The component of a text encoder's tokenizer."""
+    return spec.components[part].replace("text_encoder", "tokenizer")
+
+
 def locate(path: str, revision: str | None = None, variant: str | None = None) -> Source:
     """The source behind `base.path`: `tiny`, a folder, a file or a hub id. Raises FinetuneError when there is none."""
     quiet()
@@ -206,17 +239,32 @@ def _fetch(path: str, file: str, revision: str | None) -> Path:
         if not Path(path, file).is_file():
             raise FinetuneError(f"base.path: {path} has no {file}")
         return Path(path, file)
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise FinetuneError(f"base.path: there is no folder {path}")
+    # For this file and all that follow: what is in the cache is taken, and nobody is asked again and again for half a minute.
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or not answers(constants.ENDPOINT)
     try:
         return Path(hf_hub_download(path, file, revision=revision))
     except (OSError, HFValidationError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        reason = "offline, and not in the cache here" if constants.HF_HUB_OFFLINE else (str(e).strip() or type(e).__name__).splitlines()[0]
         raise Unreachable(f"base.path: {path} is neither `tiny`, nor a folder here, nor a hub model that can be reached\n"
                             f"    hub: {reason}") from None
+
+
+@cache
+def answers(endpoint: str) -> bool:
+    """Whether somebody is there to be asked; behind a proxy it is taken for granted."""
+    where = urlsplit(endpoint)
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((where.hostname, where.port or {"http": 80}.get(where.scheme, 443)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def check_family(source: Source, spec: FamilySpec, known: list[str]) -> None:
@@ -344,6 +392,20 @@ def write(family, path: Path, dtype: torch.dtype) -> None:
         raise FinetuneError(f"{path}: cannot be written: {e}; nothing is left behind") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def save(family, folder: Path, dtype: torch.dtype) -> None:
+    """A diffusers folder with the weights in `dtype`, under the published names."""
+    for module in family.parts.values():
+        module.to(dtype)
+    for words in family.tokenizers.values():        # how they were last called would be saved with them
+        words.backend_tokenizer.no_padding()
+        words.backend_tokenizer.no_truncation()
+    family.pipeline().save_pretrained(folder)
+    for part in family.spec.encoders:
+        publish_text_encoder(folder / family.spec.components[part])
+        words = family.tokenizers[part].backend_tokenizer.model
+        words.save(str(folder / tokenizer(family.spec, part)))      # vocab.json, merges.txt
 
 
 def publish_text_encoder(folder: Path) -> None:

@@ -60,8 +60,7 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     device.check_precision(recipe.train.mixed_precision, recipe.base.dtype, accelerator.device)
     index, held = pictures(recipe, say, not accelerator.is_main_process)
     family = registry.find("families", recipe.base.family).load(
-        recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant,
-        families.Changes(recipe.base.parts, recipe.base.clip_skip, recipe.base.quantize))
+        recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant, changes(recipe))
     shows = shown(recipe, family)
     families.merge(family.parts, [(formats.load(a.path, family.spec), a.strength) for a in recipe.base.adapters])
     family.long = recipe.data.caption.long
@@ -79,6 +78,11 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
         ground.streams.append(learn(class_pictures(recipe, ground, accelerator, say), "class"))
     encode.refuse([problem for s in ground.all for problem in encode.check_pictures(s.index, s.sizes)])
     return ground
+
+
+def changes(recipe: Recipe) -> families.Changes:
+    base = recipe.base
+    return families.Changes(base.parts, base.clip_skip, base.quantize, base.prediction, base.zero_snr)
 
 
 def shown(recipe: Recipe, family) -> str | None:

@@ -29,6 +29,7 @@ from finetune.families import base as families
 from finetune.families import sd3
 from finetune.families._quantized import quantize
 from finetune.recipe import Recipe
+from finetune.train import ground
 from finetune.train.together import Together
 
 STATE = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "lion": 4, "lion8bit": 1 + 4 / 256, "adafactor": 0, "prodigy": 16,
@@ -121,7 +122,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
 def needs(recipe: Recipe) -> Need:
     """Raises FinetuneError for a base that cannot be found, and for words of a method that name none of its layers."""
     family = registry.find("families", recipe.base.family).outline(
-        recipe.base.path, recipe.base.revision, recipe.base.variant, families.Changes(recipe.base.parts, recipe.base.clip_skip))
+        recipe.base.path, recipe.base.revision, recipe.base.variant, ground.changes(recipe))
     H, W = largest(recipe)
     h, w = H // family.stride, W // family.stride
     with flash(), Live() as live:
@@ -234,7 +235,7 @@ def denoise(family, B: int, h: int, w: int, said: bool = False) -> Tensor:
     if said:
         told = family.encode_text([""] * B)
     else:
-        config, length = denoiser.config, TOKENS + (sd3.LENGTH if "t5" in family.parts else 0)
+        config, length = denoiser.config, TOKENS + (sd3.LENGTH if "text_3" in family.parts else 0)
         width = config.get("cross_attention_dim") or config.joint_attention_dim
         pooled = config.get("pooled_projection_dim") or "text_2" in family.parts and family.parts["text_2"].config.projection_dim
         told = Conditioning(empty(B, length, width), empty(B, pooled) if pooled else None,

@@ -120,7 +120,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     zero = ", zero terminal SNR" if isinstance(path, Discrete) and path.alphas_cumprod[-1] == 0 else ""
     bits = f", {recipe.base.quantize}" if recipe.base.quantize else ""
     say(f"base      {family.source.name} ({family.spec.name}, {path.prediction}{zero}, {recipe.base.dtype}{bits})")
-    for note in family.source.notes:
+    for note in family.notes:
         say(f"note: {note}")
     for line in ground.describe(recipe, base):
         say(line)
