@@ -57,13 +57,8 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     device.set_threads(recipe.train.threads)
     device.check_precision(recipe.train.mixed_precision, recipe.base.dtype, accelerator.device)
     index, held = pictures(recipe, say, not accelerator.is_main_process)
-    family = registry.find("families", recipe.base.family).load(
-        recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant,
-        families.Changes(recipe.base.parts, recipe.base.clip_skip, recipe.base.quantize))
-    shows = shown(recipe, family)
-    families.merge(family.parts, [(formats.load(a.path, family.spec), a.strength) for a in recipe.base.adapters])
-    family.long = recipe.data.caption.long
-    stride = family.stride
+    family = base(recipe)
+    shows, stride = shown(recipe, family), family.stride
     check_step(recipe, family.step)
     for part in family.parts.values():
         part.to(accelerator.device)
@@ -76,6 +71,17 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
         ground.streams.append(learn(class_pictures(recipe, ground, accelerator, say), "class"))
     encode.refuse([problem for s in ground.all for problem in encode.check_pictures(s.index, s.sizes)])
     return ground
+
+
+def base(recipe: Recipe):
+    """The family over the recipe's base, with what is merged into it."""
+    given = recipe.base
+    family = registry.find("families", given.family).load(
+        given.path, families.DTYPES[given.dtype], given.revision, given.variant,
+        families.Changes(given.parts, given.clip_skip, given.quantize))
+    families.merge(family.parts, [(formats.load(a.path, family.spec), a.strength) for a in given.adapters])
+    family.long = recipe.data.caption.long
+    return family
 
 
 def shown(recipe: Recipe, family) -> str | None:

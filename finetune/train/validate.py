@@ -3,7 +3,6 @@
 So two values of a run differ by what was trained between them and by nothing else, and what is said beside the mean is the
 mean of these differences to the untouched base, picture by picture, with its standard error."""
 
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -75,10 +74,7 @@ def standard_error(values: Tensor) -> float | None:
 
 def history(run: Run) -> dict[int, float]:
     """Step → validation loss, as metrics.jsonl has it."""
-    if not run.folder.metrics.exists():
-        return {}
-    lines = map(json.loads, run.folder.metrics.read_text(encoding="utf-8").splitlines())
-    return {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+    return {line["step"]: line["validation_loss"] for line in run.folder.logged() if "validation_loss" in line}
 
 
 def best(run: Run) -> int | None:

@@ -1,0 +1,286 @@
+"""The live page in Gradio: what it shows and does are the functions of `status`, `report`, `train`, `stop` and `sample`."""
+
+import html
+import math
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterable
+from functools import wraps
+from pathlib import Path
+
+import gradio as gr
+import jinja2
+from PIL import Image
+
+from finetune import device
+from finetune.commands import status, stop
+from finetune.errors import FinetuneError
+from finetune.recipe import load, shipped
+from finetune.runfolder import RunFolder
+from finetune.train import adapters, ground, report, sampling
+from finetune.train.jobs import jobs
+
+SECONDS, TAIL = 2, 8000     # between two looks at the runs; characters of a command's words that are shown
+THEME = gr.themes.Base(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+TABLE = jinja2.Environment(autoescape=True).from_string("""
+{% if rows %}<div class="card wide runs"><table><tr><th>run</th><th>step</th><th>loss</th><th>left</th></tr>
+{% for row in rows %}<tr><td>{{ row.run }}<div class="{{ "bad" if row.trouble else "soft" }}">{{ row.trouble or row.state }}</div></td>
+{% if not row.trouble %}<td>{{ row.step }} of {{ row.max_steps }}<div class="bar"><i style="width: {{ 100 * row.step / row.max_steps }}%"></i></div></td>
+<td>{{ "–" if row.loss is none else "%.4f" % row.loss }}</td><td>{{ "" if row.seconds_left is none else clock(row.seconds_left) }}</td>{% endif %}</tr>
+{% endfor %}</table></div>{% else %}<p class="soft">No runs in runs/ yet: start a recipe under Train.</p>{% endif %}""")
+CSS = """.gradio-container { width: 100%; max-width: 1120px !important; margin: 0 auto !important; }
+.pixels img { image-rendering: pixelated; width: 100%; }
+.finetune { color: var(--ink); line-height: 1.5; overflow-wrap: anywhere; }
+.finetune .runs td { white-space: nowrap; } .finetune .runs td:first-child { white-space: normal !important; min-width: 110px; }
+.finetune .bar, .finetune .bar i { display: block; height: 5px; border-radius: 3px; background: var(--line); } .finetune .bar i { background: var(--s0); }
+.finetune img { width: 100%; max-width: 640px; border-radius: 8px; }
+iframe.report { width: 100%; height: 85vh; border: 0; border-radius: 12px; }"""
+
+
+def page() -> gr.Blocks:
+    """All of it; `finetune ui` serves it."""
+    started, base = Started(), Base()
+    said = gr.Textbox(label="What was started here", lines=6, max_lines=16, visible=False, render=False)
+    with gr.Blocks(title="finetune", analytics_enabled=False) as shown:
+        gr.Markdown("# finetune")
+        with gr.Tab("Runs"):
+            runs_tab(shown, started, said)
+        with gr.Tab("Try") as tab:
+            try_tab(tab, base)
+        with gr.Tab("Train"):
+            train_tab(started)
+        said.render()
+    return shown
+
+
+def told(handler):
+    """The handler, with the user's mistakes shown as the command line says them."""
+    @wraps(handler)
+    def safe(*values):
+        try:
+            return handler(*values)
+        except FinetuneError as e:
+            words = html.escape(str(e)).replace("\n", "<br>")
+            raise gr.Error(words, duration=None, title="That cannot be done", print_exception=False) from None
+    return safe
+
+
+class Started:
+    """The command that this page started last. It lives on when the page is closed."""
+
+    def __init__(self):
+        self.name, self.process, self.file = "", None, None
+
+    def start(self, words: list[str], folder: str | None = None) -> None:
+        self.file = tempfile.NamedTemporaryFile("ab")
+        self.name = " ".join(["finetune", *words])
+        self.process = subprocess.Popen([sys.executable, "-m", "finetune", *words], cwd=folder, stdin=subprocess.DEVNULL,
+                                        stdout=self.file, stderr=self.file, start_new_session=True)
+
+    def said(self) -> str:
+        """What it said so far, of a bar its last state, and how it ended."""
+        if self.process is None:
+            return ""
+        with open(self.file.name, "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - TAIL))
+            lines = [line.rstrip("\r").rpartition("\r")[2] for line in file.read().decode(errors="replace").split("\n")]
+        code = self.process.poll()
+        return "\n".join([f"$ {self.name}", *lines, *([f"(ended with exit code {code})"] if code is not None else [])])
+
+
+class Base:
+    """The base that is in memory: one at a time, kept until another is asked for."""
+
+    def __init__(self):
+        self.recipe, self.family = None, None
+
+    def of(self, recipe):
+        if self.recipe is None or (recipe.base, recipe.data.caption.long) != (self.recipe.base, self.recipe.data.caption.long):
+            self.recipe = self.family = None        # before the next one needs its memory
+            family = ground.base(recipe)
+            for part in family.parts.values():
+                part.to(device.best())
+            self.recipe, self.family = recipe, family
+        return self.family
+
+
+def runs_tab(shown: gr.Blocks, started: Started, said: gr.Textbox) -> None:
+    table = gr.HTML(apply_default_css=False)
+    chosen = gr.Dropdown([], multiselect=True, label="Look at")
+    with gr.Row():
+        halt, go_on, whole = (gr.Button(name, min_width=90) for name in ("Stop", "Continue", "Whole report"))
+    curves = gr.HTML(apply_default_css=False)
+    step = gr.Slider(0, 1, step=1, label="Previews at step", visible=False)
+    previews, written = gr.HTML(apply_default_css=False), gr.HTML(apply_default_css=False)
+    seen = gr.State({})
+
+    def look(*values):
+        words = started.said()
+        return [*refresh(*values), gr.update(value=words, visible=bool(words))]
+
+    gr.on([shown.load, chosen.input, gr.Timer(SECONDS).tick], look, [chosen, step, seen],
+          [table, chosen, curves, step, previews, seen, said], show_progress="hidden")
+    step.input(lambda chosen, step: sheets(map(Path, chosen), step), [chosen, step], previews, show_progress="hidden")
+    halt.click(told(lambda chosen: stop.run(Namespace(run=one(chosen), wait=60)) and None), chosen)
+    go_on.click(told(lambda chosen: resume(started, one(chosen))), chosen)
+    whole.click(told(whole_report), chosen, written)
+
+
+def refresh(chosen: list[str], step: float, seen: dict) -> list:
+    """What is new since the last look. A run that has begun since is looked at; who looks at the newest preview follows it."""
+    rows = [row(folder) for folder in status.runs()]
+    names, running = ([one["run"] for one in rows if state in one["state"]] for state in ("", "running"))
+    begun = [run for run in running if run not in seen.get("running", [])]
+    chosen = begun or [run for run in chosen if run in names] or ([] if seen else names[-1:])
+    folders = [Path(run) for run in chosen]
+    steps = sorted({step for folder in folders for step in report.previews(folder)})
+    if steps and (step not in steps or [step] == seen.get("steps", [step])[-1:]):
+        step = steps[-1]
+    now = {"running": running, "table": scoped(TABLE.render(rows=rows, clock=status.clock)), "chosen": (names, chosen),
+           "curves": curves_of(folders), "steps": steps,
+           "previews": [(folder, step, len(report.previews(folder))) for folder in folders]}
+    shown = {"table": lambda: now["table"], "chosen": lambda: gr.update(choices=names, value=chosen), "curves": lambda: now["curves"],
+             "steps": lambda: gr.update(minimum=min(steps, default=0), maximum=max(steps, default=1), value=step, visible=len(steps) > 1,
+                                        step=math.gcd(*(known - steps[0] for known in steps)) or 1),
+             "previews": lambda: sheets(folders, step)}
+    return [*(new() if now[key] != seen.get(key) else gr.skip() for key, new in shown.items()), now]
+
+
+def row(folder: Path) -> dict:
+    try:
+        return status.facts(RunFolder(folder, folder.name)) | {"trouble": ""}
+    except FinetuneError as e:
+        return {"run": str(folder), "state": "", "trouble": str(e)}
+
+
+def curves_of(folders: list[Path]) -> str:
+    try:
+        return scoped(report.page(folders, "summary", "differences", "curves")) if folders else ""
+    except FinetuneError as e:
+        return scoped(f'<p class="bad">{html.escape(str(e))}</p>')
+
+
+def sheets(folders: Iterable[Path], step: float) -> str:
+    """Of each run its last preview up to that step."""
+    shown = []
+    for folder in folders:
+        if known := [known for known in report.previews(folder) if known <= step]:
+            uri = report.picture(Image.open(report.previews(folder)[known[-1]]), report.WIDEST)
+            shown.append(f'<div><h3>{html.escape(folder.name)}, step {known[-1]}</h3><img alt="preview" src="{uri}"></div>')
+    return scoped(f'<div class="row">{"".join(shown)}</div>')
+
+
+def scoped(text: str) -> str:
+    """A piece of the report in the report's own clothes, which Gradio's page does not wear."""
+    style = report.page([], "style").replace(":root", "&")
+    return f'<style>.finetune.finetune {{{style}}}</style><div class="finetune">{text}</div>'
+
+
+def one(chosen: list[str]) -> Path:
+    if len(chosen) != 1:
+        raise FinetuneError(f"{len(chosen)} runs are chosen: choose the one that is meant")
+    return Path(chosen[0])
+
+
+def resume(started: Started, folder: Path) -> None:
+    """The same command again."""
+    last = RunFolder(folder, folder.name).last_owner()
+    if not last.get("words"):
+        raise FinetuneError(f"{folder}: how it was started is not written here; under Train, start its recipe with this run folder")
+    started.start(["train", *last["words"]], last["working_folder"])
+
+
+def whole_report(chosen: list[str]) -> str:
+    if not chosen:
+        raise FinetuneError("no run is chosen")
+    page = report.page([Path(run) for run in chosen])
+    return f'<iframe class="report" sandbox="allow-scripts" srcdoc="{html.escape(page)}"></iframe>'
+
+
+def try_tab(tab: gr.Tab, base: Base) -> None:
+    with gr.Row():
+        first = gr.Dropdown([], label="Adapter", info="of a run, or the path of a file", allow_custom_value=True)
+        strength = gr.Slider(-1, 2, 1, step=0.05, label="Strength")
+    with gr.Row():
+        second = gr.Dropdown([], label="Another", info="to compare, or none", allow_custom_value=True)
+        other = gr.Slider(-1, 2, 1, step=0.05, label="Strength of the other")
+    prompt = gr.Textbox(label="Prompt")
+    negative = gr.Textbox(label="Negative prompt")
+    with gr.Row():
+        recipe = gr.Dropdown([], label="Base", info="that of a run or a recipe", allow_custom_value=True)
+        seed = gr.Slider(0, 9999, 0, step=1, label="Seed")
+    with gr.Row():
+        steps = gr.Slider(1, 100, 25, step=1, label="Steps")
+        guidance = gr.Slider(0, 20, 5, step=0.5, label="Guidance")
+    go = gr.Button("Sample", variant="primary")
+    with gr.Row():
+        shown = [gr.Image(visible=False, format="png", interactive=False, buttons=["download", "fullscreen"]) for _ in range(3)]
+
+    tab.select(choices, None, [first, second, recipe], show_progress="hidden")
+    first.input(run_of, first, recipe, show_progress="hidden")
+    gr.on([go.click, prompt.submit], told(lambda *values: paint(base, *values)),
+          [recipe, first, second, strength, other, prompt, negative, seed, steps, guidance], shown, concurrency_limit=1)
+
+
+def choices() -> list:
+    runs = status.runs()
+    files = ["", *(str(file) for run in runs for file in sorted((run / "adapter").rglob("*.safetensors")))]
+    return [gr.update(choices=files), gr.update(choices=files), gr.update(choices=[*map(str, runs), *recipes()])]
+
+
+def run_of(adapter: str):
+    """The run that an adapter lies in, for its base."""
+    found = [str(folder) for folder in Path(adapter).parents if (folder / "resolved.yaml").is_file()]
+    return found[0] if found else gr.skip()
+
+
+def recipes() -> list[str]:
+    """Those of the working folder, and those that come with the toolkit."""
+    own = sorted({*Path().glob("*.yaml"), *Path("recipes").glob("*.yaml")})
+    return [str(path) for path in own] + [str(path) for path in shipped.paths() if path not in {each.resolve() for each in own}]
+
+
+def paint(base: Base, recipe: str, first: str, second: str, strength: float, other: float, *words) -> list:
+    """The base, and each adapter on it, with the same seed."""
+    if not recipe:
+        raise FinetuneError("no base is chosen: choose a run or a recipe, whose base is taken")
+    path = Path(recipe)
+    given = dict(zip(("prompt", "negative", "seed", "steps", "guidance"), words))
+    wanted = jobs([("", "", given)], {})
+    family = base.of(load(path / "resolved.yaml" if path.is_dir() else path).recipe)
+    shown = []
+    for file, factor in ((None, 0), (first, strength), (second, other)):
+        if file == "":
+            shown.append(gr.update(visible=False))
+            continue
+        loaded = adapters.load([adapters.named(f"{file}:{factor}")], family) if file else []
+        with adapters.on(family, loaded):
+            [picture] = sampling.generate(family.pipeline(), sampling.settle(family, wanted))
+        shown.append(gr.update(value=picture, visible=True, label=f"{Path(file).stem} × {factor:g}" if file else "base",
+                               elem_classes=["pixels"] if picture.width < 256 else []))
+    return shown
+
+
+def train_tab(started: Started) -> None:
+    recipe = gr.Dropdown(recipes(), value=None, label="Recipe", allow_custom_value=True)
+    text = gr.Code(language="yaml", label="Recipe", interactive=False, visible=False)
+    settings = gr.Textbox(label="Settings", lines=2, placeholder="train.learning_rate=3e-4", info="a field of the recipe in each line")
+    with gr.Row():
+        folder = gr.Textbox(label="Run folder", placeholder="runs/NAME of the recipe", min_width=280)
+        fresh = gr.Checkbox(label="Move a run that is there aside, and start anew", min_width=280)
+    with gr.Row():
+        check, start = gr.Button("Check the data"), gr.Button("Start or continue", variant="primary")
+
+    recipe.change(told(lambda name: gr.update(value=load(name).text, visible=True) if name else gr.update(visible=False)), recipe, text)
+    check.click(told(lambda *words: started.start(["lint", *train_words(*words)])), [recipe, settings])
+    start.click(told(lambda recipe, settings, folder, fresh: started.start(
+        ["train", *train_words(recipe, settings), *(["--run", folder] if folder else []), *(["--fresh"] if fresh else [])])),
+        [recipe, settings, folder, fresh])
+
+
+def train_words(recipe: str | None, settings: str) -> list[str]:
+    if not recipe:
+        raise FinetuneError("no recipe is chosen")
+    return [recipe, *(word for line in settings.splitlines() if line.strip() for word in ("--set", line.strip()))]
