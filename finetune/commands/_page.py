@@ -1,6 +1,5 @@
 """The live page in Gradio: what it shows and does are the functions of `status`, `report`, `train`, `stop` and `sample`."""
 
-import html
 import math
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterable
 from functools import wraps
+from html import escape
 from pathlib import Path
 
 import gradio as gr
@@ -22,21 +22,24 @@ from finetune.runfolder import RunFolder
 from finetune.train import adapters, ground, report, sampling
 from finetune.train.jobs import jobs
 
-SECONDS, TAIL = 2, 8000     # between two looks at the runs; characters of a command's words that are shown
+SECONDS, TAIL = 2, 8000     # between two looks at the runs; bytes of a command's words that are shown
 THEME = gr.themes.Base(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-TABLE = jinja2.Environment(autoescape=True).from_string("""
-{% if rows %}<div class="card wide runs"><table><tr><th>run</th><th>step</th><th>loss</th><th>left</th></tr>
-{% for row in rows %}<tr><td>{{ row.run }}<div class="{{ "bad" if row.trouble else "soft" }}">{{ row.trouble or row.state }}</div></td>
-{% if not row.trouble %}<td>{{ row.step }} of {{ row.max_steps }}<div class="bar"><i style="width: {{ 100 * row.step / row.max_steps }}%"></i></div></td>
-<td>{{ "–" if row.loss is none else "%.4f" % row.loss }}</td><td>{{ "" if row.seconds_left is none else clock(row.seconds_left) }}</td>{% endif %}</tr>
-{% endfor %}</table></div>{% else %}<p class="soft">No runs in runs/ yet: start a recipe under Train.</p>{% endif %}""")
 CSS = """.gradio-container { width: 100%; max-width: 1120px !important; margin: 0 auto !important; }
 .pixels img { image-rendering: pixelated; width: 100%; }
 .finetune { color: var(--ink); line-height: 1.5; overflow-wrap: anywhere; }
-.finetune .runs td { white-space: nowrap; } .finetune .runs td:first-child { white-space: normal !important; min-width: 110px; }
-.finetune .bar, .finetune .bar i { display: block; height: 5px; border-radius: 3px; background: var(--line); } .finetune .bar i { background: var(--s0); }
-.finetune img { width: 100%; max-width: 640px; border-radius: 8px; }
+.finetune .runs td { white-space: nowrap; }
+.finetune .runs td:first-child { white-space: normal !important; overflow-wrap: anywhere; min-width: 7em; }
+.finetune .bar, .finetune .bar i { display: block; height: 5px; border-radius: 3px; background: var(--line); }
+.finetune .bar i { background: var(--s0); } .finetune img { width: 100%; max-width: 640px; border-radius: 8px; }
 iframe.report { width: 100%; height: 85vh; border: 0; border-radius: 12px; }"""
+TABLE = jinja2.Environment(autoescape=True).from_string("""
+{% if rows %}<div class="card wide runs"><table><tr><th>run</th><th>step</th><th>loss</th><th>left</th></tr>{% for row in rows %}
+<tr><td>{{ row.run }}<div class="{{ "bad" if row.trouble else "soft" }}">{{ row.trouble or row.state }}</div></td>
+{% if not row.trouble %}<td>{{ row.step }} of {{ row.max_steps }}
+<div class="bar"><i style="width: {{ 100 * row.step / row.max_steps }}%"></i></div></td>
+<td>{{ "–" if row.loss is none else "%.4f" % row.loss }}</td>
+<td>{{ "" if row.seconds_left is none else clock(row.seconds_left) }}</td>{% endif %}</tr>
+{% endfor %}</table></div>{% else %}<p class="soft">No runs in runs/ yet: start a recipe under Train.</p>{% endif %}""")
 
 
 def page() -> gr.Blocks:
@@ -55,27 +58,14 @@ def page() -> gr.Blocks:
     return shown
 
 
-def told(handler):
-    """The handler, with the user's mistakes shown as the command line says them."""
-    @wraps(handler)
-    def safe(*values):
-        try:
-            return handler(*values)
-        except FinetuneError as e:
-            words = html.escape(str(e)).replace("\n", "<br>")
-            raise gr.Error(words, duration=None, title="That cannot be done", print_exception=False) from None
-    return safe
-
-
 class Started:
     """The command that this page started last. It lives on when the page is closed."""
 
     def __init__(self):
-        self.name, self.process, self.file = "", None, None
+        self.words, self.process, self.file = [], None, None
 
     def start(self, words: list[str], folder: str | None = None) -> None:
-        self.file = tempfile.NamedTemporaryFile("ab")
-        self.name = " ".join(["finetune", *words])
+        self.words, self.file = words, tempfile.NamedTemporaryFile("ab")
         self.process = subprocess.Popen([sys.executable, "-m", "finetune", *words], cwd=folder, stdin=subprocess.DEVNULL,
                                         stdout=self.file, stderr=self.file, start_new_session=True)
 
@@ -86,24 +76,37 @@ class Started:
         with open(self.file.name, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL))
             lines = [line.rstrip("\r").rpartition("\r")[2] for line in file.read().decode(errors="replace").split("\n")]
-        code = self.process.poll()
-        return "\n".join([f"$ {self.name}", *lines, *([f"(ended with exit code {code})"] if code is not None else [])])
+        ended = [] if (code := self.process.poll()) is None else [f"(ended with exit code {code})"]
+        return "\n".join([" ".join(["$ finetune", *self.words]), *lines, *ended])
 
 
 class Base:
     """The base that is in memory: one at a time, kept until another is asked for."""
 
     def __init__(self):
-        self.recipe, self.family = None, None
+        self.words, self.family = None, None
 
     def of(self, recipe):
-        if self.recipe is None or (recipe.base, recipe.data.caption.long) != (self.recipe.base, self.recipe.data.caption.long):
-            self.recipe = self.family = None        # before the next one needs its memory
+        words = recipe.base, recipe.data.caption.long
+        if self.words != words:
+            self.words = self.family = None     # before the next one needs its memory
             family = ground.base(recipe)
             for part in family.parts.values():
                 part.to(device.best())
-            self.recipe, self.family = recipe, family
+            self.words, self.family = words, family
         return self.family
+
+
+def told(handler):
+    """The handler, with the user's mistakes shown as the command line says them."""
+    @wraps(handler)
+    def safe(*values):
+        try:
+            return handler(*values)
+        except FinetuneError as e:
+            words = escape(str(e)).replace("\n", "<br>")
+            raise gr.Error(words, duration=None, title="That cannot be done", print_exception=False) from None
+    return safe
 
 
 def runs_tab(shown: gr.Blocks, started: Started, said: gr.Textbox) -> None:
@@ -138,13 +141,11 @@ def refresh(chosen: list[str], step: float, seen: dict) -> list:
     steps = sorted({step for folder in folders for step in report.previews(folder)})
     if steps and (step not in steps or [step] == seen.get("steps", [step])[-1:]):
         step = steps[-1]
-    now = {"running": running, "table": scoped(TABLE.render(rows=rows, clock=status.clock)), "chosen": (names, chosen),
-           "curves": curves_of(folders), "steps": steps,
-           "previews": [(folder, step, len(report.previews(folder))) for folder in folders]}
+    ends = {"minimum": steps[0], "maximum": steps[-1], "step": math.gcd(*(known - steps[0] for known in steps)) or 1} if steps else {}
+    now = {"table": scoped(TABLE.render(rows=rows, clock=status.clock)), "chosen": (names, chosen), "curves": curves_of(folders),
+           "steps": steps, "previews": [(folder, step, len(report.previews(folder))) for folder in folders], "running": running}
     shown = {"table": lambda: now["table"], "chosen": lambda: gr.update(choices=names, value=chosen), "curves": lambda: now["curves"],
-             "steps": lambda: gr.update(minimum=min(steps, default=0), maximum=max(steps, default=1), value=step, visible=len(steps) > 1,
-                                        step=math.gcd(*(known - steps[0] for known in steps)) or 1),
-             "previews": lambda: sheets(folders, step)}
+             "steps": lambda: gr.update(value=step, visible=len(steps) > 1, **ends), "previews": lambda: sheets(folders, step)}
     return [*(new() if now[key] != seen.get(key) else gr.skip() for key, new in shown.items()), now]
 
 
@@ -159,7 +160,7 @@ def curves_of(folders: list[Path]) -> str:
     try:
         return scoped(report.page(folders, "summary", "differences", "curves")) if folders else ""
     except FinetuneError as e:
-        return scoped(f'<p class="bad">{html.escape(str(e))}</p>')
+        return scoped(f'<p class="bad">{escape(str(e))}</p>')
 
 
 def sheets(folders: Iterable[Path], step: float) -> str:
@@ -168,7 +169,7 @@ def sheets(folders: Iterable[Path], step: float) -> str:
     for folder in folders:
         if known := [known for known in report.previews(folder) if known <= step]:
             uri = report.picture(Image.open(report.previews(folder)[known[-1]]), report.WIDEST)
-            shown.append(f'<div><h3>{html.escape(folder.name)}, step {known[-1]}</h3><img alt="preview" src="{uri}"></div>')
+            shown.append(f'<div><h3>{escape(folder.name)}, step {known[-1]}</h3><img alt="preview" src="{uri}"></div>')
     return scoped(f'<div class="row">{"".join(shown)}</div>')
 
 
@@ -188,15 +189,15 @@ def resume(started: Started, folder: Path) -> None:
     """The same command again."""
     last = RunFolder(folder, folder.name).last_owner()
     if not last.get("words"):
-        raise FinetuneError(f"{folder}: how it was started is not written here; under Train, start its recipe with this run folder")
+        raise FinetuneError(f"{folder}: how it was started is not known; under Train, start its recipe with this run folder")
     started.start(["train", *last["words"]], last["working_folder"])
 
 
 def whole_report(chosen: list[str]) -> str:
     if not chosen:
         raise FinetuneError("no run is chosen")
-    page = report.page([Path(run) for run in chosen])
-    return f'<iframe class="report" sandbox="allow-scripts" srcdoc="{html.escape(page)}"></iframe>'
+    text = report.page([Path(run) for run in chosen])
+    return f'<iframe class="report" sandbox="allow-scripts" srcdoc="{escape(text)}"></iframe>'
 
 
 def try_tab(tab: gr.Tab, base: Base) -> None:
@@ -206,8 +207,7 @@ def try_tab(tab: gr.Tab, base: Base) -> None:
     with gr.Row():
         second = gr.Dropdown([], label="Another", info="to compare, or none", allow_custom_value=True)
         other = gr.Slider(-1, 2, 1, step=0.05, label="Strength of the other")
-    prompt = gr.Textbox(label="Prompt")
-    negative = gr.Textbox(label="Negative prompt")
+    prompt, negative = gr.Textbox(label="Prompt"), gr.Textbox(label="Negative prompt")
     with gr.Row():
         recipe = gr.Dropdown([], label="Base", info="that of a run or a recipe", allow_custom_value=True)
         seed = gr.Slider(0, 9999, 0, step=1, label="Seed")
@@ -216,7 +216,7 @@ def try_tab(tab: gr.Tab, base: Base) -> None:
         guidance = gr.Slider(0, 20, 5, step=0.5, label="Guidance")
     go = gr.Button("Sample", variant="primary")
     with gr.Row():
-        shown = [gr.Image(visible=False, format="png", interactive=False, buttons=["download", "fullscreen"]) for _ in range(3)]
+        shown = [gr.Image(visible=False, format="png", interactive=False, buttons=["download", "fullscreen"]) for _ in "123"]
 
     tab.select(choices, None, [first, second, recipe], show_progress="hidden")
     first.input(run_of, first, recipe, show_progress="hidden")
@@ -230,27 +230,26 @@ def choices() -> list:
     return [gr.update(choices=files), gr.update(choices=files), gr.update(choices=[*map(str, runs), *recipes()])]
 
 
+def recipes() -> list[str]:
+    """Those of the working folder, and those that come with the toolkit."""
+    own = sorted({*Path().glob("*.yaml"), *Path("recipes").glob("*.yaml")})
+    known = {path.resolve() for path in own}
+    return [*map(str, own), *(str(path) for path in shipped.paths() if path.resolve() not in known)]
+
+
 def run_of(adapter: str):
     """The run that an adapter lies in, for its base."""
     found = [str(folder) for folder in Path(adapter).parents if (folder / "resolved.yaml").is_file()]
     return found[0] if found else gr.skip()
 
 
-def recipes() -> list[str]:
-    """Those of the working folder, and those that come with the toolkit."""
-    own = sorted({*Path().glob("*.yaml"), *Path("recipes").glob("*.yaml")})
-    return [str(path) for path in own] + [str(path) for path in shipped.paths() if path not in {each.resolve() for each in own}]
-
-
 def paint(base: Base, recipe: str, first: str, second: str, strength: float, other: float, *words) -> list:
     """The base, and each adapter on it, with the same seed."""
     if not recipe:
         raise FinetuneError("no base is chosen: choose a run or a recipe, whose base is taken")
-    path = Path(recipe)
-    given = dict(zip(("prompt", "negative", "seed", "steps", "guidance"), words))
-    wanted = jobs([("", "", given)], {})
+    wanted = jobs([("", "", dict(zip(("prompt", "negative", "seed", "steps", "guidance"), words)))], {})
+    path, shown = Path(recipe), []
     family = base.of(load(path / "resolved.yaml" if path.is_dir() else path).recipe)
-    shown = []
     for file, factor in ((None, 0), (first, strength), (second, other)):
         if file == "":
             shown.append(gr.update(visible=False))
@@ -266,21 +265,19 @@ def paint(base: Base, recipe: str, first: str, second: str, strength: float, oth
 def train_tab(started: Started) -> None:
     recipe = gr.Dropdown(recipes(), value=None, label="Recipe", allow_custom_value=True)
     text = gr.Code(language="yaml", label="Recipe", interactive=False, visible=False)
-    settings = gr.Textbox(label="Settings", lines=2, placeholder="train.learning_rate=3e-4", info="a field of the recipe in each line")
+    settings = gr.Textbox(label="Settings", lines=2, placeholder="train.learning_rate=3e-4", info="each line a field of the recipe")
     with gr.Row():
         folder = gr.Textbox(label="Run folder", placeholder="runs/NAME of the recipe", min_width=280)
         fresh = gr.Checkbox(label="Move a run that is there aside, and start anew", min_width=280)
     with gr.Row():
         check, start = gr.Button("Check the data"), gr.Button("Start or continue", variant="primary")
 
-    recipe.change(told(lambda name: gr.update(value=load(name).text, visible=True) if name else gr.update(visible=False)), recipe, text)
-    check.click(told(lambda *words: started.start(["lint", *train_words(*words)])), [recipe, settings])
-    start.click(told(lambda recipe, settings, folder, fresh: started.start(
-        ["train", *train_words(recipe, settings), *(["--run", folder] if folder else []), *(["--fresh"] if fresh else [])])),
-        [recipe, settings, folder, fresh])
+    def order(command: str, recipe: str | None, settings: str, folder: str = "", fresh: bool = False) -> None:
+        if not recipe:
+            raise FinetuneError("no recipe is chosen")
+        changed = [word for line in settings.splitlines() if line.strip() for word in ("--set", line.strip())]
+        started.start([command, recipe, *changed, *(["--run", folder] if folder else []), *(["--fresh"] if fresh else [])])
 
-
-def train_words(recipe: str | None, settings: str) -> list[str]:
-    if not recipe:
-        raise FinetuneError("no recipe is chosen")
-    return [recipe, *(word for line in settings.splitlines() if line.strip() for word in ("--set", line.strip()))]
+    recipe.input(told(lambda name: gr.update(value=load(name).text, visible=True)), recipe, text)
+    check.click(told(lambda *values: order("lint", *values)), [recipe, settings])
+    start.click(told(lambda *values: order("train", *values)), [recipe, settings, folder, fresh])

@@ -56,8 +56,8 @@ def test_it_samples_as_the_command_does_and_shows_runs_as_they_are(recipe, tmp_p
     words = ("a red circle", "blue", 7, 2, 3.0)
     base = _page.run_of(adapter[0])
     shown = _page.paint(_page.Base(), base, adapter[0], "", 0.5, 1, *words)
-    assert main(["sample", "--base", "tiny", "--adapter", f"{adapter[0]}:0.5", "--strengths", "0,1", "--prompt", words[0], "--negative",
-                 words[1], "--seed", "7", "--steps", "2", "--guidance", "3", "--batch", "1", "--out", "out"]) == 0
+    assert main(["sample", "--base", "tiny", "--adapter", f"{adapter[0]}:0.5", "--strengths", "0,1", "--prompt", words[0],
+                 "--negative", words[1], "--seed", "7", "--steps", "2", "--guidance", "3", "--batch", "1", "--out", "out"]) == 0
     for update, factor in zip(shown, ("0", "1")):
         assert np.array_equal(update["value"], Image.open(tmp_path / "out" / f"0000-seed7-strength{factor}.png"))
     assert shown[2]["visible"] is False and base in [value for _, value in bases["choices"]]
@@ -69,5 +69,5 @@ def test_it_samples_as_the_command_does_and_shows_runs_as_they_are(recipe, tmp_p
     assert all("value" not in new and "choices" not in new for new in again[:-1]), "nothing is new"
 
     last = RunFolder(run, run.name).last_owner()
-    assert last["words"][:3] == [str(recipe), "--set", "train.max_steps=2"] and last["words"][-1] == "runs/<b>run"
+    assert last["words"] == [str(recipe), "--set=train.max_steps=2", "--set=export=[kohya]", "--run=runs/<b>run"]
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] == 2
