@@ -127,7 +127,7 @@ def look_at_runs(page: Page, address: str, picture: Path) -> None:
     expect(page.get_by_text("What differs")).to_be_visible()
     expect(page.get_by_alt_text("preview")).to_have_count(2)
     shot(page, picture)
-    page.get_by_role("button", name="Whole report").click()
+    page.get_by_role("button", name="Report").click()
     inside = page.frame_locator("iframe.report")
     expect(inside.locator("#step")).to_have_text("6")
     inside.locator("#slider").press("ArrowLeft")
@@ -151,7 +151,7 @@ def try_adapters(page: Page, picture: Path) -> None:
     images = page.locator(".image-container img, .image-frame img")
     expect(images).to_have_count(3)
     assert len(set(images.evaluate_all("all => all.map(image => image.src)"))) == 3
-    expect(page.get_by_text("small × 1.5")).to_be_visible()
+    expect(page.get_by_text("Another × 1.5")).to_be_visible()
     shot(page, picture)
 
 

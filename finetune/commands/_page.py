@@ -1,6 +1,7 @@
 """The live page in Gradio: what it shows and does are the functions of `status`, `report`, `train`, `stop` and `sample`."""
 
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from finetune.train.jobs import jobs
 SECONDS, TAIL = 2, 8000     # between two looks at the runs; bytes of a command's words that are shown
 THEME = gr.themes.Base(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = """.gradio-container { width: 100%; max-width: 1120px !important; margin: 0 auto !important; }
-.pixels img { image-rendering: pixelated; width: 100%; }
+.sampled .image-frame, .sampled img { width: 100% !important; height: auto !important; object-fit: contain !important; }
 .finetune { color: var(--ink); line-height: 1.5; overflow-wrap: anywhere; }
 .finetune .runs td { white-space: nowrap; }
 .finetune .runs td:first-child { white-space: normal !important; overflow-wrap: anywhere; min-width: 7em; }
@@ -70,14 +71,15 @@ class Started:
                                         stdout=self.file, stderr=self.file, start_new_session=True)
 
     def said(self) -> str:
-        """What it said so far, of a bar its last state, and how it ended."""
+        """What it said so far, of its bars the last state, and how it ended."""
         if self.process is None:
             return ""
         with open(self.file.name, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL))
-            lines = [line.rstrip("\r").rpartition("\r")[2] for line in file.read().decode(errors="replace").split("\n")]
-        ended = [] if (code := self.process.poll()) is None else [f"(ended with exit code {code})"]
-        return "\n".join([" ".join(["$ finetune", *self.words]), *lines, *ended])
+            text = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", file.read().decode(errors="replace"))
+        ended = "" if (code := self.process.poll()) is None else f"(ended with exit code {code})"
+        lines = [" ".join(["$ finetune", *self.words]), *filter(str.strip, re.split(r"[\r\n]+", text)), ended]
+        return "\n".join(line for line, after in zip(lines, [*lines[1:], ""]) if not ("%|" in line and "%|" in after))
 
 
 class Base:
@@ -113,7 +115,7 @@ def runs_tab(shown: gr.Blocks, started: Started, said: gr.Textbox) -> None:
     table = gr.HTML(apply_default_css=False)
     chosen = gr.Dropdown([], multiselect=True, label="Look at")
     with gr.Row():
-        halt, go_on, whole = (gr.Button(name, min_width=90) for name in ("Stop", "Continue", "Whole report"))
+        halt, go_on, whole = (gr.Button(name, min_width=90) for name in ("Stop", "Continue", "Report"))
     curves = gr.HTML(apply_default_css=False)
     step = gr.Slider(0, 1, step=1, label="Previews at step", visible=False)
     previews, written = gr.HTML(apply_default_css=False), gr.HTML(apply_default_css=False)
@@ -202,21 +204,22 @@ def whole_report(chosen: list[str]) -> str:
 
 def try_tab(tab: gr.Tab, base: Base) -> None:
     with gr.Row():
-        first = gr.Dropdown([], label="Adapter", info="of a run, or the path of a file", allow_custom_value=True)
+        first = gr.Dropdown([], label="Adapter", info="of a run, or the path of a file", allow_custom_value=True, min_width=300)
         strength = gr.Slider(-1, 2, 1, step=0.05, label="Strength")
     with gr.Row():
-        second = gr.Dropdown([], label="Another", info="to compare, or none", allow_custom_value=True)
+        second = gr.Dropdown([], label="Another", info="to compare, or none", allow_custom_value=True, min_width=300)
         other = gr.Slider(-1, 2, 1, step=0.05, label="Strength of the other")
     prompt, negative = gr.Textbox(label="Prompt"), gr.Textbox(label="Negative prompt")
     with gr.Row():
-        recipe = gr.Dropdown([], label="Base", info="that of a run or a recipe", allow_custom_value=True)
+        recipe = gr.Dropdown([], label="Base", info="that of a run or a recipe", allow_custom_value=True, min_width=300)
         seed = gr.Slider(0, 9999, 0, step=1, label="Seed")
     with gr.Row():
         steps = gr.Slider(1, 100, 25, step=1, label="Steps")
         guidance = gr.Slider(0, 20, 5, step=0.5, label="Guidance")
     go = gr.Button("Sample", variant="primary")
     with gr.Row():
-        shown = [gr.Image(visible=False, format="png", interactive=False, buttons=["download", "fullscreen"]) for _ in "123"]
+        shown = [gr.Image(label=name, format="png", interactive=False, buttons=["download", "fullscreen"], elem_classes="sampled",
+                          visible=False) for name in ("Base", "Adapter", "Another")]
 
     tab.select(choices, None, [first, second, recipe], show_progress="hidden")
     first.input(run_of, first, recipe, show_progress="hidden")
@@ -250,15 +253,14 @@ def paint(base: Base, recipe: str, first: str, second: str, strength: float, oth
     wanted = jobs([("", "", dict(zip(("prompt", "negative", "seed", "steps", "guidance"), words)))], {})
     path, shown = Path(recipe), []
     family = base.of(load(path / "resolved.yaml" if path.is_dir() else path).recipe)
-    for file, factor in ((None, 0), (first, strength), (second, other)):
-        if file == "":
+    for name, files in (("Base", []), (f"Adapter × {strength:g}", [f"{first}:{strength}"] if first else None),
+                        (f"Another × {other:g}", [f"{second}:{other}"] if second else None)):
+        if files is None:
             shown.append(gr.update(visible=False))
             continue
-        loaded = adapters.load([adapters.named(f"{file}:{factor}")], family) if file else []
-        with adapters.on(family, loaded):
+        with adapters.on(family, adapters.load([adapters.named(file) for file in files], family)):
             [picture] = sampling.generate(family.pipeline(), sampling.settle(family, wanted))
-        shown.append(gr.update(value=picture, visible=True, label=f"{Path(file).stem} × {factor:g}" if file else "base",
-                               elem_classes=["pixels"] if picture.width < 256 else []))
+        shown.append(gr.update(value=picture, visible=True, label=name))
     return shown
 
 
