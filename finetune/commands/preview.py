@@ -29,10 +29,12 @@ def run(args) -> int:
         print(folder.preview(step), flush=True)
         return found[0]
 
-    grounded = ground.load(recipe, setup.accelerate(recipe), lambda line: None)
+    accelerator = setup.accelerate(recipe)
+    grounded = ground.load(recipe, accelerator, lambda line: None)
     if grounded.weights != begun["exact"]["base"]:
         raise FinetuneError(f"{recipe.base.path} is not the base that {args.run} was begun with")
     method = setup.install(recipe, grounded)
+    grounded.family.parts["denoiser"].to(accelerator.device)
     base = None if folder.preview(0).exists() else draw(0, None)        # what nothing was learned by yet
     while True:
         goes_on = folder.owner()        # asked first: its last checkpoint is seen below

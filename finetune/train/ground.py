@@ -51,7 +51,7 @@ class Ground:
 
 
 def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
-    """The pictures and the base, on the device. Raises FinetuneError for what cannot be read, or not be together."""
+    """The pictures and the base, all but its denoiser on the device. Raises FinetuneError for what cannot be read, or not be together."""
     if recipe.data.prior and recipe.objective.kind == "decode":
         raise FinetuneError("data.prior: a VAE knows no classes; leave it out")
     device.set_threads(recipe.train.threads)
@@ -63,7 +63,7 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     shows, stride = shown(recipe, family), family.stride
     check_step(recipe, family.step)
     for name, part in family.parts.items():
-        if name != "denoiser":      # it goes there when the encoders have made room, see setup.prepare
+        if name != "denoiser":      # it follows when the encoders have made room
             part.to(accelerator.device)
     weights = {name: families.fingerprint({name: part}) for name, part in family.parts.items()}
     size = recipe.train.batch_size * recipe.train.gradient_accumulation * accelerator.num_processes
