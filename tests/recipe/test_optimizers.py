@@ -98,3 +98,8 @@ def test_one_mistake(recipe, train, expected):
         recipe(train)
     assert expected in str(caught.value)
     assert str(caught.value).count("dog.yaml:") == 1, "one mistake is told once"
+
+
+def test_released_gradients_are_of_one_batch(recipe):
+    with pytest.raises(FinetuneError, match="gradient_release: data.prior adds a batch to each step"):
+        recipe("{gradient_release: true, clip_norm: null}", "data.prior={prompt: a dog}")
