@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import world
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 Colour = tuple[int, ...]
 SIDE = world.SIZE * world.OVERSAMPLE
@@ -56,6 +56,26 @@ def draw_hatched(scene: world.Scene) -> Image.Image:
             edge = world.polygon(thing, scale)
             pen.line([*edge, *edge[:2]], fill=INK, width=round(2.8 * world.OVERSAMPLE), joint="curve")
     return shrink(image)
+
+
+# A second style, which no setting was tuned on: stickers.
+
+def draw_sticker(scene: world.Scene) -> Image.Image:
+    """The scene as stickers: things in their colour with a wide pale rim, over a soft dark shadow to the lower right, and a
+    background that gets darker downwards."""
+    ground = world.ground_colour(scene)
+    shade = Image.linear_gradient("L").resize((SIDE, SIDE)).point(lambda v: round(0.4 * v))
+    image = Image.composite(Image.new("RGB", (SIDE, SIDE), INK), Image.new("RGB", (SIDE, SIDE), ground), shade)
+    for thing in scene.things:
+        rim = replace(thing, radius=1.2 * thing.radius + 1.5)
+        shadow = replace(rim, x=thing.x + 3.5, y=thing.y + 3.5)
+        image.paste(INK, mask=world.mask(shadow).filter(ImageFilter.GaussianBlur(5)).point(lambda v: round(0.7 * v)))
+        image.paste(PAPER, mask=world.mask(rim))
+        image.paste(world.COLOURS[thing.colour], mask=world.mask(thing))
+    return shrink(image)
+
+
+STYLES = {"plain": world.draw, "hatched": draw_hatched, "sticker": draw_sticker}
 
 
 # Subject: creatures. One of them, ZWX, is somebody.
@@ -123,25 +143,27 @@ def draw_creature(creature: Creature, ground: Colour, x: float, y: float, radius
     return shrink(image)
 
 
-# Texture: detail one or two pixels wide, which the tiny VAE blurs.
+# Texture: bands and cells on the tiny VAE's own grid of 4 × 4 pixels, which its latents carry, with threads of one or two
+# pixels in them that it blurs. Where the threads are follows from the bands. Where the grains are follows from nothing.
 
-TEXTURES = ("striped", "checked", "dotted", "knitted", "woven", "grainy")
+TEXTURES = ("striped", "checked", "dotted", "woven", "tartan", "grainy")
 
 
 def texture(kind: str, rng: random.Random) -> np.ndarray:
     """How dark each pixel is, (64, 64) in [0, 1]."""
     y, x = np.mgrid[:world.SIZE, :world.SIZE]
-    if kind == "striped":
-        return (rng.choice([x, y]) % 2).astype(float)
-    if kind == "checked":
-        return ((x + y) % 2).astype(float)
-    if kind == "dotted":
-        return ((y % 3 == 0) & ((x + y // 3 % 2 * 2) % 4 == 0)).astype(float)
-    if kind == "knitted":                  # rows of small V stitches
-        return np.array([1.0, 0.45, 0.0, 0.45])[(y + abs(x % 6 - 3)) % 4]
-    if kind == "woven":                 # threads two pixels wide go over and under
-        over = (x // 2 + y // 2) % 2
-        return np.where(over == 1, x % 2, y % 2) * (0.5 + 0.5 * over)
+    row, column = y // 4 % 2, x // 4 % 2
+    middle_y, middle_x = (y % 4 == 1) | (y % 4 == 2), (x % 4 == 1) | (x % 4 == 2)
+    if kind == "striped":               # a pale thread along each dark band
+        return row * (1 - 0.8 * middle_y)
+    if kind == "checked":               # a pale point in each dark cell
+        return (row ^ column) * (1.0 - (middle_y & middle_x))
+    if kind == "dotted":                # a dot in each fourth cell, which is shaded
+        return row * column * (0.4 + 0.6 * (middle_y & middle_x))
+    if kind == "woven":                 # thin threads go over and, paler, under
+        return np.where(row ^ column, 0.5 + 0.5 * (x % 2), 0.5 * (y % 2))
+    if kind == "tartan":                # bands of threads both ways
+        return (row * (1 - 0.8 * middle_y) + column * (1 - 0.8 * middle_x)) / 2
     if kind == "grainy":
         return np.random.default_rng(rng.randrange(2 ** 32)).random((world.SIZE, world.SIZE))
     raise ValueError(kind)

@@ -1,6 +1,6 @@
 """Attribute readers: small networks that say what a picture of one thing shows.
 
-A reader is trained from nothing on fresh drawings whose truth is known, plain ones only or plain and hatched ones,
+A reader is trained from nothing on fresh drawings whose truth is known, plain ones only or of every style,
 and is as good as its accuracy on drawings that it has never seen. Its training pictures are spoilt a little, the
 way that a VAE and a sampler spoil theirs. Once trained, it is kept in `runs/readers/`.
 """
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / "runs" / "readers"
 DRAWINGS, HELD_OUT, STEPS, BATCH = 10_000, 2_000, 1_500, 64
 HEADS = {"shape": world.SHAPES, "colour": tuple(world.COLOURS), "background": tuple(world.BACKGROUNDS),
-         "style": ("plain", "hatched")}
+         "style": tuple(drawings.STYLES)}
 
 
 class Reader(nn.Module):
@@ -60,7 +60,7 @@ def fresh(count: int, styles: bool, stream: str) -> tuple[Tensor, dict[str, Tens
     rng = random.Random(stream)
     scenes = [world.random_scene(rng, two=0) for _ in range(count)]
     drawn = [rng.choice(HEADS["style"]) if styles else "plain" for _ in scenes]
-    x = tensor([drawings.draw_hatched(s) if d == "hatched" else world.draw(s) for s, d in zip(scenes, drawn)])
+    x = tensor([drawings.STYLES[style](scene) for scene, style in zip(scenes, drawn)])
     truths = [truth(s, d) for s, d in zip(scenes, drawn)]
     return x, {head: torch.tensor([words.index(t[head]) for t in truths]) for head, words in HEADS.items()}
 
@@ -94,7 +94,7 @@ def read(reader: Reader, pictures: list[Image.Image]) -> list[dict[str, str]]:
 
 
 def train_reader(styles: bool, seed: int = 0) -> tuple[Reader, dict[str, float]]:
-    """A reader of plain drawings, or of plain and hatched ones, and each head's accuracy on fresh drawings."""
+    """A reader of plain drawings, or of every style, and each head's accuracy on fresh drawings."""
     heads = list(HEADS) if styles else [head for head in HEADS if head != "style"]
     x, words = fresh(DRAWINGS, styles, f"reader {seed}")
     gen = torch.Generator().manual_seed(seed)

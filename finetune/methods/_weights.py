@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from finetune.artifact import Artifact
 from finetune.errors import FinetuneError
+from finetune.methods.base import restore
 
 
 class Weights:
@@ -23,16 +24,6 @@ class Weights:
             raise FinetuneError("training has changed nothing: nothing is written; raise train.learning_rate or train.max_steps")
         return Artifact(kind, family, stored(also) | now, metadata)
 
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Raises FinetuneError, with nothing changed, when names or shapes do not fit."""
-        mine = self.parameters
-        if unlike := {n for n in mine.keys() | tensors.keys()
-                      if n not in mine or n not in tensors or mine[n].shape != tensors[n].shape}:
-            raise FinetuneError(f"{len(unlike)} tensors do not fit these weights, for example {sorted(unlike)[0]}")
-        for name, p in mine.items():
-            p.copy_(tensors[name])
-
     @contextmanager
     def at(self, strength: float):
         """Inside, each weight is base + strength · (trained − base); exactly the base's at 0. At 1 nothing is moved."""
@@ -41,10 +32,11 @@ class Weights:
             return
         trained = stored(self.parameters)
         try:
-            self.restore({name: torch.lerp(self.base[name].float(), t.float(), strength) for name, t in trained.items()})
+            restore(self.parameters, {name: torch.lerp(self.base[name].float(), t.float(), strength)
+                                      for name, t in trained.items()})
             yield
         finally:
-            self.restore(trained)
+            restore(self.parameters, trained)
 
 
 def stored(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,9 +2,11 @@
 
 from typing import ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from finetune.artifact import Artifact
+from finetune.errors import FinetuneError
 
 
 class Method(Protocol):
@@ -29,9 +31,6 @@ class Method(Protocol):
     def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
         """Its files: the name of each, "" for the run's own, and what is in it."""
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Put `parameters()` back, bit for bit. Raises FinetuneError when names or shapes do not fit."""
-
     def start_from(self, artifact: Artifact) -> None:
         """Begin where the artifact is, not at the base: of methods that have this word. Raises FinetuneError when it does
         not fit."""
@@ -39,3 +38,14 @@ class Method(Protocol):
     def at(self, strength: float):
         """A context in which what is trained counts `strength` times, as a user of the file would have it; at 0 the
         family is the untouched base."""
+
+
+@torch.no_grad()
+def restore(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    """Put a method's `parameters()` back, bit for bit. Raises FinetuneError, with nothing changed, when names or shapes do
+    not fit."""
+    if unlike := {name for name in parameters.keys() | tensors.keys()
+                  if name not in parameters or name not in tensors or parameters[name].shape != tensors[name].shape}:
+        raise FinetuneError(f"{len(unlike)} tensors do not fit what is trained, for example {sorted(unlike)[0]}")
+    for name, p in parameters.items():
+        p.copy_(tensors[name])

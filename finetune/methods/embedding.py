@@ -4,12 +4,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetune import tokens as learned
 from finetune.artifact import Artifact
-from finetune.errors import FinetuneError
 
 
 @dataclass
@@ -47,15 +45,6 @@ class Embedding:
         return {name: Artifact(self.kind, self.family, {f"{part}.embedding": own[place].clone() for part, own in rows.items()},
                                metadata | {"ss_output_name": name, "modelspec.title": name})
                 for name, place in self.places.items()}
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        mine = self.parameters()
-        if unlike := {n for n in mine.keys() | tensors.keys()
-                      if n not in mine or n not in tensors or mine[n].shape != tensors[n].shape}:
-            raise FinetuneError(f"{len(unlike)} tensors do not fit these tokens, for example {sorted(unlike)[0]}")
-        for name, p in mine.items():
-            p.copy_(tensors[name])
 
     @contextmanager
     def at(self, strength: float):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.artifact import Artifact, published
 from finetune.errors import FinetuneError
@@ -80,9 +80,6 @@ class Full:
                 "ss_output_name": name, "modelspec.title": name,
                 "finetune.extracted": f"rank {self.extract_rank}; {error(products.values(), other):.1%} of the change is left out"})
         return found
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.weights.restore(tensors)
 
     def at(self, strength: float):
         return self.weights.at(strength)

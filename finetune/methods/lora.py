@@ -14,6 +14,7 @@ from finetune.errors import FinetuneError
 from finetune.families.base import CLIP_TARGETS
 from finetune.methods._targets import Part, override, resolve
 from finetune.methods._variants import VARIANTS, Setting, tensor
+from finetune.methods.base import restore
 
 
 @dataclass
@@ -107,15 +108,6 @@ class Lora:
             tensors |= {f"{stem}.alpha": alpha for stem, alpha in self.scales.items()}
         return {"": Artifact(self.kind, self.family, fold_alpha(tensors), metadata)}
 
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        mine = self.parameters()
-        if unlike := {n for n in mine.keys() | tensors.keys()
-                      if n not in mine or n not in tensors or mine[n].shape != tensors[n].shape}:
-            raise FinetuneError(f"{len(unlike)} tensors do not fit this LoRA, for example {sorted(unlike)[0]}")
-        for name, p in mine.items():
-            p.copy_(tensors[name])
-
     def start_from(self, artifact: Artifact) -> None:
         """Go on from an adapter; a scale other than the recipe's goes into the tensors. Raises FinetuneError unless layers
         and shapes are the recipe's."""
@@ -132,7 +124,7 @@ class Lora:
             if zero and "alpha" in module:
                 stem = f"{part}.{path}"
                 theirs[f"{stem}.{zero}"] = theirs[f"{stem}.{zero}"] * (module["alpha"] / self.scales[stem])
-        self.restore(theirs)
+        restore(mine, theirs)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.artifact import Artifact
 from finetune.methods._weights import Weights
@@ -41,9 +41,6 @@ class VaeDecoder:
         """The whole VAE, for most tools take no half of one."""
         whole = {f"vae.{name}": p for name, p in self.vae.named_parameters()}
         return {"": self.weights.artifact(self.kind, self.family, metadata, whole)}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.weights.restore(tensors)
 
     def at(self, strength: float):
         return self.weights.at(strength)

@@ -41,8 +41,9 @@ def lpips() -> nn.Module:
     """LPIPS (Zhang et al. 2018) on VGG, frozen: (a, b) → (B, 1, 1, 1). FinetuneError without the package or its network."""
     try:
         network = importlib.import_module("lpips").LPIPS(net="vgg", verbose=False)
-    except ImportError:
-        raise FinetuneError("objective.lpips: needs the package lpips: pip install 'finetune[lpips]'") from None
+    except (ImportError, RuntimeError) as e:        # the latter of a torchvision that was built for another torch
+        raise FinetuneError(f"objective.lpips: the package lpips cannot be loaded: {e}\n    pip install 'finetune[lpips]', and "
+                            f"a torchvision that is built for torch {torch.__version__}; or leave it out") from None
     except OSError as e:        # torchvision fetches the VGG
         raise FinetuneError(f"objective.lpips: its network cannot be fetched: {e}; leave it out, or start once online") from None
     return network.requires_grad_(False).eval()

@@ -30,10 +30,13 @@ def rounded(make: Callable[[list[dict]], Optimizer], groups: list[dict], seed: C
 
     def widen(*_) -> None:
         for wide, p in pairs:
-            wide.data, wide.grad, p.grad = p.detach().float(), None if p.grad is None else p.grad.float(), None
+            if p.grad is not None:
+                wide.data, wide.grad, p.grad = p.detach().float(), p.grad.float(), None
 
     def narrow(*_) -> None:
         for number, (wide, p) in enumerate(pairs):
+            if wide.grad is None:
+                continue
             draw = torch.Generator(p.device).manual_seed((seed(optimizer.param_groups[0]["now"]) + number) % 2**63)
             p.data.copy_(by_chance(wide.detach(), draw))
             wide.data, wide.grad = torch.empty(0, device=p.device), None

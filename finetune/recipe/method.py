@@ -14,8 +14,6 @@ OWN = {     # what only some variants have, and its value where they have it
     "max_norm": (("lora", "rslora", "loha", "lokr"), None)}
 
 
-
-
 class TextLora(BaseModel):
     """The same adapter on the text encoders."""
 

@@ -185,9 +185,12 @@ class Recipe(BaseModel):
 
     @field_validator("train")
     @classmethod
-    def _something_to_compile(cls, train: Train, info: ValidationInfo) -> Train:
+    def _fits_the_rest(cls, train: Train, info: ValidationInfo) -> Train:
         if train.compile and "vae_decoder" in _kinds(info.data):
             raise ValueError("compile: is of the denoiser, which vae_decoder does not run; leave it out")
+        if train.gradient_release and "data" in info.data and info.data["data"].prior:
+            raise ValueError("gradient_release: data.prior adds a batch to each step, and there is no gradient to add up with; "
+                             "leave one of the two out")
         return train
 
     @field_validator("every")

@@ -87,6 +87,10 @@ class Train(BaseModel):
     """Average what is trained, such as `{decay: 0.999}`; null does not."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Number format of the computation; trained parameters are always float32."""
+    gradient_release: bool = False
+    """Step each parameter within the backward pass and let go of its gradient, so that no two are held: less memory for
+    `full`. In one process; wants gradient_accumulation: 1 and clip_norm: null. A part of a gradient that is not finite is left
+    out, not the whole step."""
     seed: Seed = 0
     """Every random number of the run follows from it."""
     gradient_checkpointing: bool = False
@@ -128,6 +132,19 @@ class Train(BaseModel):
         if steps > info.data.get("max_steps", steps):
             raise ValueError(f"{steps} is more than train.max_steps, which is {info.data['max_steps']}")
         return steps
+
+    @field_validator("gradient_release")
+    @classmethod
+    def _needs_no_whole_gradient(cls, release: bool, info: ValidationInfo) -> bool:
+        known = info.data
+        needs = {"gradient_accumulation above 1 sums up": known.get("gradient_accumulation", 1) > 1,
+                 "clip_norm measures": known.get("clip_norm") is not None,
+                 "fp16 looks through": known.get("mixed_precision") == "fp16",
+                 f"{known.get('optimizer')} steps by": known.get("optimizer") in ("prodigy", "schedule_free_adamw")}
+        if release and any(needs.values()):
+            raise ValueError(f"{' and '.join(why for why, so in needs.items() if so)} the whole gradient, of which there is "
+                             "never more than a part; clip_norm: null and gradient_accumulation: 1 go with it")
+        return release
 
     @field_validator("schedule")
     @classmethod

@@ -1,6 +1,7 @@
 """The loop: every method, family and objective goes through here."""
 
 from contextlib import nullcontext, suppress
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -13,6 +14,7 @@ from finetune.train import checkpoint, preview, trackers
 from finetune.train.alarm import AFTER, alarms, traces
 from finetune.train.best import criterion, history, note, over
 from finetune.train.compile import stepping
+from finetune.train.release import released
 from finetune.train.setup import Run, seed_step, to_device
 from finetune.train.stop import Stop, Stopped
 from finetune.train.validate import validate
@@ -80,20 +82,25 @@ def one_step(run: Run, step: int, batches: list[Batch]) -> tuple[torch.Tensor, t
         group["lr"] = 0.0 if step >= group["until"] else group["peak_lr"] * factor(
             step=step, max_steps=recipe.max_steps, warmup_steps=recipe.warmup_steps,
             **recipe.schedule.model_dump(exclude_none=True))
-    total = torch.zeros((), device=accelerator.device)
-    for batch in batches:
-        seed_step(recipe.seed, batch.positions[0])
-        with nullcontext() if batch is batches[-1] else accelerator.no_sync(run.model):
-            with stepping() if recipe.compile else nullcontext():
-                loss = run.model(to_device(batch, accelerator.device))
-            # × 1, or × NaN when this loss is not finite: then no process's gradient is, for they are averaged.
-            accelerator.backward(loss * (1 + 0 * loss.detach()))
-        total += loss.detach()
-    norm = accelerator.clip_grad_norm_(run.parameters.values(), recipe.clip_norm or float("inf"))
-    apply(run, norm)
+    total, parameters = torch.zeros((), device=accelerator.device), run.parameters.values()
+    with released(parameters, partial(apply, run)) if recipe.gradient_release else nullcontext() as norms:
+        for batch in batches:
+            seed_step(recipe.seed, batch.positions[0])
+            with nullcontext() if batch is batches[-1] else accelerator.no_sync(run.model):
+                with stepping() if recipe.compile else nullcontext():
+                    loss = run.model(to_device(batch, accelerator.device))
+                # × 1, or × NaN when this loss is not finite: then no process's gradient is, for they are averaged.
+                accelerator.backward(loss * (1 + 0 * loss.detach()))
+            total += loss.detach()
+    if norms is None:
+        norm = accelerator.clip_grad_norm_(parameters, recipe.clip_norm or float("inf"))
+        apply(run, norm)
+    else:
+        norm = torch.stack(norms).norm()
     run.method.after_step()
     run.optimizer.eval()        # between steps the parameters are what is shown and saved; schedule-free steps elsewhere
-    run.optimizer.zero_grad()
+    for p in parameters:        # not the optimizer's: of bfloat16 weights it holds others (optim/rounding.py)
+        p.grad = None
     if run.ema:
         run.ema.update(step)
     return total, norm

@@ -10,7 +10,7 @@ Shapes: B batch · L tokens · D text width · C latent channels · H W pixels �
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,6 +30,7 @@ from finetune.families import sd3
 from finetune.families._quantized import quantize
 from finetune.recipe import Recipe
 from finetune.train import ground
+from finetune.train.release import released
 from finetune.train.together import Together
 
 STATE = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "lion": 4, "lion8bit": 1 + 4 / 256, "adafactor": 0, "prodigy": 16,
@@ -135,7 +136,7 @@ def needs(recipe: Recipe) -> Need:
             method = install(recipe, family)
         denoiser, vae = family.parts["denoiser"], family.parts["vae"]
         parameters = method.parameters().values()
-        count, wide = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.dtype == torch.bfloat16)
+        count = sum(p.numel() for p in parameters)
         gradients = sum(p.nbytes for p in parameters)
         state = int(count * (STATE[recipe.train.optimizer] + 4 * bool(recipe.train.ema)))
         adapters = gradients if any(words.kind in ("lora", "embedding") for words in recipe.method) else 0
@@ -159,7 +160,8 @@ def needs(recipe: Recipe) -> Need:
             step = live.over(lambda: one_step(recipe, family, method, B, h, w))
         held = sum(weights[part] for part in kept(recipe, method, weights)) + adapters + state
         phases["training"] = held + copy + step
-        phases["optimizer step"] = held + copy + gradients + 8 * wide       # weights of bfloat16 step in float32
+        stepping = [p.nbytes + 8 * p.numel() * (p.dtype == torch.bfloat16) for p in parameters]     # bfloat16 steps in float32
+        phases["optimizer step"] = held + copy + (max if recipe.train.gradient_release else sum)(stepping)
         if recipe.every.preview and denoises:
             n = min(AT_ONCE, len(recipe.preview.prompts) * len(recipe.preview.seeds))
             guided = 2 if recipe.preview.guidance > 1 else 1
@@ -224,8 +226,10 @@ def one_step(recipe: Recipe, family, method: Together, B: int, h: int, w: int) -
             **recipe.objective.model_dump(exclude={"kind"}, exclude_none=True) | {"lpips": 0.0, "sample": False}, step_size=B)
         pixels = empty(B, 3, h * family.stride, w * family.stride)
         loss = objective(family, Batch(list(range(B)), [""] * B, empty(B), 1.0, empty(B, 6), pixels), 0).loss
-    loss.backward()
-    for p in method.parameters().values():
+    parameters = method.parameters().values()
+    with released(parameters, lambda norm: None) if recipe.train.gradient_release else nullcontext():
+        loss.backward()
+    for p in parameters:
         p.grad = None
 
 

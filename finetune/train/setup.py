@@ -96,6 +96,9 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     if folder.name in base.learned.tokens and len(recipe.method) > 1:
         raise FinetuneError(f"method.tokens: {folder.name} is the run's name, "
                             "and so that of the other method's file; rename one of them")
+    if train.gradient_release and accelerator.num_processes > 1:
+        raise FinetuneError(f"train.gradient_release: each of the {accelerator.num_processes} processes would step by its own "
+                            "gradient; leave it out, or start one process")
     make = partial(OPTIMIZERS[train.optimizer], betas=train.betas, weight_decay=train.weight_decay)
     groups = method.groups(train.learning_rate, train.max_steps)
     optimizer = rounded(make, groups, lambda step: derive(train.seed, step, "rounding"))

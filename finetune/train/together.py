@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from finetune.artifact import Artifact
 from finetune.errors import FinetuneError
+from finetune.methods.base import restore
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,7 @@ class Together:
         return {name: artifact for method in self.methods for name, artifact in method.export(metadata).items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        for method in self.methods:
-            own = method.parameters()
-            method.restore({name: t for name, t in tensors.items() if name in own or len(self.methods) == 1})
+        restore(self.parameters(), tensors)
 
     @contextmanager
     def at(self, strength: float):

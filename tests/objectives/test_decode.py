@@ -1,6 +1,8 @@
 """The loss of an autoencoder: its terms, on a KL and a VQ model."""
 
+import sys
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -102,7 +104,14 @@ def test_psnr_is_that_of_the_range():
     assert similarity.psnr(x, x + 0.2).item() == pytest.approx(20.0)       # 0.1 of the range
 
 
-def test_lpips_without_its_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lpips", None)
-    with pytest.raises(FinetuneError, match=r"pip install 'finetune\[lpips\]'"):
+@pytest.mark.parametrize("wrong, said", [
+    (ImportError("No module named 'torchvision'"), r"No module named 'torchvision'\n    pip install 'finetune\[lpips\]'"),
+    (RuntimeError("torchvision::nms does not exist"), f"nms does not exist(.|\n)*built for torch {torch.__version__[:4]}"),
+    (URLError("no route"), "its network cannot be fetched: .*no route")], ids=["missing", "of another torch", "offline"])
+def test_an_lpips_that_cannot_be_had_says_why_and_what_to_do(monkeypatch, wrong, said):
+    def network(**_):
+        raise wrong
+
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=network))
+    with pytest.raises(FinetuneError, match=said):
         decode.build(**WORDS | {"lpips": 0.1})

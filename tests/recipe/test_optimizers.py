@@ -88,6 +88,9 @@ def test_the_recipe_knows_the_same_names():
     ("{schedule: {kind: cosine, min_factor: 0.1}}", "train.schedule.min_factor: unknown key"),
     ("{max_steps: 9, warmup_steps: 4, schedule: {kind: cosine_restarts, cycles: 6}}",
      "train.schedule: 6 cycles do not fit in the 5 steps after the warm-up"),
+    ("{gradient_release: true}", "train.gradient_release: clip_norm measures the whole gradient"),
+    ("{gradient_release: true, clip_norm: null, gradient_accumulation: 2, optimizer: prodigy}",
+     "train.gradient_release: gradient_accumulation above 1 sums up and prodigy steps by the whole gradient"),
     ("{max_steps: 0, schedule: {kind: cosine_restarts, cycles: 6}}", "train.max_steps: wants at least 1; given 0"),
 ])
 def test_one_mistake(recipe, train, expected):
@@ -95,3 +98,8 @@ def test_one_mistake(recipe, train, expected):
         recipe(train)
     assert expected in str(caught.value)
     assert str(caught.value).count("dog.yaml:") == 1, "one mistake is told once"
+
+
+def test_released_gradients_are_of_one_batch(recipe):
+    with pytest.raises(FinetuneError, match="gradient_release: data.prior adds a batch to each step"):
+        recipe("{gradient_release: true, clip_norm: null}", "data.prior={prompt: a dog}")

@@ -73,6 +73,14 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_skipped_again(recipe, tr
         [line.get("skipped", line.get("loss")) for line in lines(tmp_path / "whole")]
 
 
+def test_a_skipped_step_leaves_no_gradient_behind(recipe, train, tmp_path, poison):
+    """In place of weights in bfloat16 the optimizer holds others, and clears the gradient of those."""
+    seen = poison({1})
+    assert train(recipe, tmp_path / "run", *settings(method="{kind: full, targets: [to_k]}", base__dtype="bfloat16",
+                                                     train__max_steps=3)) == 0
+    assert seen == {0: False, 1: True, 2: False}
+
+
 def test_many_in_a_row_end_the_run_with_the_state_before_them(recipe, train, tmp_path, poison, capsys):
     poison(set(range(3, 40)))
     assert train(recipe, tmp_path / "run", *settings(train__max_steps=40, every__checkpoint=0)) == 2

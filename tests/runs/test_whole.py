@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "finetune" / "assets" / "tiny"
 CUT = ["--set", "train.max_steps=4", "--set", "train.gradient_accumulation=1", "--set", "train.learning_rate=1e-4"]
 FULL = ["--set", "method={kind: full, targets: [cross_attention], extract_rank: 4, text: {}}", *CUT]
+COARSE = ["--set", "base.dtype=bfloat16", "--set", "train.clip_norm=null"]
 VAE = ["--set", "method={kind: vae_decoder}", "--set", "objective={ssim: 0.5, gradient: 1.0}",
        "--set", "export=[kohya, diffusers]", *CUT]
 
@@ -33,7 +34,7 @@ class Crash(BaseException):
 
 RUNS = {
     "full": FULL,
-    "full in bfloat16": [*FULL, "--set", "base.dtype=bfloat16"],
+    "full in bfloat16, gradients released": [*FULL, *COARSE, "--set", "train.gradient_release=true"],
     "full with ema": [*FULL, "--set", "train.ema={decay: 0.5}"],
     "vae_decoder": VAE,
     "vae_decoder with encoder and ema": [*VAE, "--set", "train.ema={decay: 0.5}", "--set", "method.encoder=true"],
@@ -56,6 +57,22 @@ def test_a_run_goes_on_bit_for_bit(recipe, train, tmp_path, monkeypatch, words):
     monkeypatch.setattr(loop, "one_step", real)
     assert train(recipe, tmp_path / "cut", *words) == 0
     assert files(tmp_path / "cut" / "adapter") == files(tmp_path / "whole" / "adapter")
+
+
+def test_released_gradients_train_the_same_and_are_never_two(recipe, train, tmp_path, monkeypatch):
+    assert train(recipe, tmp_path / "held", *FULL, *COARSE) == 0
+    real, at_once = loop.apply, set()
+
+    def apply(run, norm):
+        at_once.add(sum(p.grad is not None for p in run.parameters.values()))
+        real(run, norm)
+
+    monkeypatch.setattr(loop, "apply", apply)
+    assert train(recipe, tmp_path / "released", *FULL, *COARSE, "--set", "train.gradient_release=true") == 0
+    assert at_once == {1}
+    held, released = (load_file(tmp_path / run / "checkpoints" / "step-00000004" / "parameters.safetensors")
+                      for run in ("held", "released"))
+    assert all(torch.equal(released[name], value) for name, value in held.items())
 
 
 @pytest.mark.parametrize("words, found", [
