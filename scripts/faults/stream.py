@@ -20,7 +20,7 @@ from types import SimpleNamespace
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
 from harness import Case, reference, restarted  # noqa: E402
 
-WORKERS, SPLITS = (1, 2, 4), ((2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2))       # batch size, accumulation, processes
+WORKERS, SPLITS = (1, 2, 4), ((2, 2, 1), (1, 4, 1), (2, 1, 2))       # batch size, accumulation, processes
 MOST = 1e-6     # relative difference of the weights of two splits
 
 
