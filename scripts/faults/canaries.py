@@ -6,7 +6,6 @@ Each is given to the command that a user would give it to. Fired is a canary tha
 is imported, or starts a process. A first one is executed on purpose, to see that the hook sees. Prints N/N.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -20,6 +19,8 @@ import tempfile
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
+from harness import arguments, recipe  # noqa: E402
+
 FIRED: list[str] = []
 PICKLED = ("ckpt", "pt", "pth", "bin", "pkl", "safetensors")
 
@@ -43,8 +44,6 @@ def watch(event: str, details: tuple) -> None:
 
 def commands(place: Path) -> dict[str, list[str]]:
     """Name → command line."""
-    from harness import recipe
-
     from finetune.families.base import TINY
 
     given = recipe(place / "given", "lora")
@@ -146,11 +145,8 @@ def extension(path: Path, payload: bytes) -> None:
     pyarrow.parquet.write_table(pa.table([pa.array(["a"])], pa.schema([field])), path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sample", type=int, default=0, metavar="N", help="so many of them, drawn; all if left out")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+def main(words: list[str] | None = None) -> int:
+    args = arguments(__doc__).parse_args(words)
     sys.addaudithook(watch)
     with tempfile.TemporaryDirectory(prefix="canaries-") as folder:
         place = Path(folder)

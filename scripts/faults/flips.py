@@ -6,7 +6,6 @@ One tiny run is trained. Then, again and again, one file is damaged, everything 
 put back. Found is what is refused or made anew; a damage that changes no value that is read does not count against it.
 """
 
-import argparse
 import os
 import random
 import sys
@@ -14,13 +13,11 @@ import tempfile
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
+from harness import arguments, recipe  # noqa: E402
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sample", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+def main(words: list[str] | None = None) -> int:
+    args = arguments(__doc__, 1000).parse_args(words)
     with tempfile.TemporaryDirectory(prefix="flips-") as folder:
         trained(Path(folder))
         found = sum(attempt(Path(folder), random.Random(args.seed * 10**6 + n)) for n in range(args.sample))
@@ -29,8 +26,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def trained(place: Path) -> None:
-    from harness import recipe
-
     os.environ["FINETUNE_CACHE"] = str(place / "cache")
     from finetune.cli import main as finetune
 

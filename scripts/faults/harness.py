@@ -166,14 +166,24 @@ class Case:
         plain = [{key: value for key, value in line.items() if key not in ("images_per_second", "memory_mb")} for line in lines]
         return files | {"log": json.dumps(plain)}
 
-    def clear(self) -> None:
+    def ends(self, wanted: dict[str, str], what: str, wrong: str = "", first: Callable[[], None] = lambda: None) -> bool:
+        """Whether nothing is wrong yet and the same command, given again, ends with the wanted outcome. `what` was done is
+        printed where not. The case is cleared."""
+        if not wrong:
+            again = self.start(first=first)
+            found = self.outcome() if again.code == 0 else {}
+            if found != wanted:
+                wrong = f"the rerun ended with {again.code}: {again.said[-2000:]}" if again.code else \
+                    f"others: {[name for name in wanted | found if wanted.get(name) != found.get(name)]}"
         shutil.rmtree(self.place, ignore_errors=True)
+        if wrong:
+            print(f"BAD {what}: {wrong}", flush=True)
+        return not wrong
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
+def arguments(description: str, sample: int = 0) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--method", choices=METHODS, default="lora")
-    parser.add_argument("--sample", type=int, default=0, metavar="N", help="so many of the calls, drawn; all if left out")
+    parser.add_argument("--sample", type=int, default=sample, metavar="N", help="so many, drawn; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -6,7 +6,6 @@ A bad loss or gradient has to be skipped and named, and the run has to end well;
 name, a bad weight with the last good checkpoint. Whatever happens, an adapter that is there is finite. Prints N/N.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -19,19 +18,16 @@ from pathlib import Path
 from unittest.mock import patch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
+from harness import arguments, recipe  # noqa: E402
+
 VALUES = (float("nan"), float("inf"), float("-inf"))
 KINDS = ("loss", "gradient", "latent", "weight")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sample", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+def main(words: list[str] | None = None) -> int:
+    args = arguments(__doc__, 200).parse_args(words)
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="numbers-") as folder:
-        from harness import recipe
-
         path = recipe(Path(folder) / "given", "lora")
         clean = sum(injected(Path(folder), path, KINDS[n % len(KINDS)], draw) for n in range(args.sample))
     print(f"{clean}/{args.sample} injected numbers that are not finite leave no contaminated adapter")

@@ -7,7 +7,6 @@ code says so, whose newest checkpoint has every step that was made, and after wh
 of the undisturbed run. Prints N/N, and how long the slowest stop took.
 """
 
-import argparse
 import os
 import random
 import signal
@@ -16,25 +15,22 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, reference, restarted  # noqa: E402
+from harness import Case, arguments, reference, restarted  # noqa: E402
 
 STEPS = 40
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sample", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+def main(words: list[str] | None = None) -> int:
+    args = arguments(__doc__, 100).parse_args(words)
     restarted()
     draw, good, slowest = random.Random(args.seed), 0, 0.0
     with tempfile.TemporaryDirectory(prefix="stops-") as folder:
         place = Path(folder)
-        words = (f"train.max_steps={STEPS}", "every.checkpoint=0", "every.preview=0")
-        recipe, _, wanted, seconds = reference("lora", place, words)
+        plain = (f"train.max_steps={STEPS}", "every.checkpoint=0", "every.preview=0")
+        recipe, _, wanted, seconds = reference("lora", place, plain)
         for _ in range(args.sample):
             number, after = draw.choice((signal.SIGTERM, signal.SIGINT)), draw.uniform(0, seconds)
-            fine, took = stopped(Case(place / "case", recipe, words), wanted, number, after)
+            fine, took = stopped(Case(place / "case", recipe, plain), wanted, number, after)
             good, slowest = good + fine, max(slowest, took)
     print(f"{good}/{args.sample} stops lose no step and end with the same bytes; the slowest took {slowest:.2f} s")
     return good < args.sample
@@ -43,17 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
 def stopped(case: Case, wanted: dict[str, str], number: int, after: float) -> tuple[bool, float]:
     made = case.place.with_name("made")
     made.write_text("")
-    first = case.start(number=number, after=after, first=lambda: count_steps(made))
-    before = made.read_text().split()
-    saved = [int(p.name.removeprefix("step-")) for p in (case.run / "checkpoints").glob("step-*")]
-    again = case.start(first=lambda: count_steps(made))
-    fine = (first.code in (0, 128 + number) or first.code == -number and not before) and max(saved, default=0) == len(before) \
-        and again.code == 0 and made.read_text().split() == [str(step) for step in range(STEPS)] and case.outcome() == wanted
-    case.clear()
-    if not fine:
-        print(f"LOST {signal.Signals(number).name} after {after:.2f} s, {len(before)} steps: {first.code} {first.said[-1000:]}\n"
-              f"saved {saved}, again {again.code} {again.said[-1000:]}", flush=True)
-    return fine, first.seconds
+    end = case.start(number=number, after=after, first=lambda: count_steps(made))
+    before = len(made.read_text().split())
+    saved = max((int(p.name.removeprefix("step-")) for p in (case.run / "checkpoints").glob("step-*")), default=0)
+    said = end.code in (0, 128 + number) or end.code == -number and not before      # before it listens, a signal ends it
+    wrong = "" if said and saved == before else f"ended with {end.code}, {before} steps, {saved} saved: {end.said[-1000:]}"
+    fine = case.ends(wanted, f"{signal.Signals(number).name} after {after:.2f} s", wrong, lambda: count_steps(made))
+    return fine and made.read_text().split() == [str(step) for step in range(STEPS)], end.seconds
 
 
 def count_steps(made: Path) -> None:

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import FAIL, FAIL_ON, Case, End, arguments, chosen, reference, restarted  # noqa: E402
+from harness import FAIL, FAIL_ON, METHODS, Case, End, arguments, chosen, reference, restarted  # noqa: E402
 
 FAULTS = (errno.ENOSPC, errno.EIO, errno.EROFS)
 DISK = 8 * 2**20
@@ -28,21 +28,23 @@ DISK = 8 * 2**20
 
 def main(words: list[str] | None = None) -> int:
     parser = arguments(__doc__)
+    parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument("--tmpfs", type=int, default=0, metavar="N", help="full disks")
     args = parser.parse_args(words)
     restarted()
     draw = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="storage-") as folder:
-        recipe, calls, wanted, seconds = reference(args.method, Path(folder))
+        recipe, calls, wanted, _ = reference(args.method, Path(folder))
         cases = [(k, fault) for k in range(1, len(calls) + 1) for fault in FAULTS]
         cases = [cases[i - 1] for i in chosen(len(cases), args.sample, args.seed)]
-        print(f"{args.method}: {len(calls)} calls in {seconds:.1f} s; {len(cases)} faults, {args.tmpfs} full disks", flush=True)
+        print(f"{args.method}: {len(calls)} calls; {len(cases)} faults, {args.tmpfs} full disks", flush=True)
         case = Case(Path(folder) / "case", recipe)
         good = sum(met(case, wanted, calls, k, fault, draw.choice((FAIL, FAIL_ON))) for k, fault in cases)
         size = sum(p.stat().st_blocks * 512 for p in (Path(folder) / "whole").rglob("*"))
         good += sum(full(case, wanted, draw.randrange(size)) for _ in range(args.tmpfs))
-    print(f"{args.method}: {good}/{len(cases) + args.tmpfs} storage faults are told, lose no checkpoint, and end with the same bytes")
-    return good < len(cases) + args.tmpfs
+    count = len(cases) + args.tmpfs
+    print(f"{args.method}: {good}/{count} storage faults are told, lose no checkpoint, and end with the same bytes")
+    return good < count
 
 
 def met(case: Case, wanted: dict[str, str], calls: list[str], k: int, fault: int, mode: int) -> bool:
@@ -51,7 +53,7 @@ def met(case: Case, wanted: dict[str, str], calls: list[str], k: int, fault: int
     why = told(end, fault)
     if not why and complete and end.code and not sound(case.place / complete[-1]):
         why = f"{complete[-1]} is not what it was"
-    return ended(case, wanted, why, f"{os.strerror(fault)}{' from here on' if mode == FAIL_ON else ''} at {' '.join(end.calls)}")
+    return case.ends(wanted, f"{os.strerror(fault)}{' from here on' if mode == FAIL_ON else ''} at {' '.join(end.calls)}", why)
 
 
 def full(case: Case, wanted: dict[str, str], room: int) -> bool:
@@ -67,10 +69,10 @@ def full(case: Case, wanted: dict[str, str], room: int) -> bool:
             why = f"the start does not see it: {refused.code} {refused.said[-500:]}"
         why = why or next((f"{path.name} is damaged" for path in case.run.glob("checkpoints/step-*") if not sound(path)), "")
         (case.place / "other").unlink()
-        return ended(case, wanted, why, f"a disk with {room} bytes left", unforeseen)
+        return case.ends(wanted, f"a disk with {room} bytes left", why, unforeseen)
     finally:
         subprocess.run(["umount", case.place], check=True)
-        case.clear()
+        case.place.rmdir()
 
 
 def unforeseen() -> None:
@@ -84,18 +86,6 @@ def told(end: End, fault: int) -> str:
     if end.code not in (0, 2) or "Traceback" in end.said:
         return f"ended with {end.code}: {end.said[-2000:]}"
     return f"does not name the fault: {end.said[-500:]}" if end.code and os.strerror(fault) not in end.said else ""
-
-
-def ended(case: Case, wanted: dict[str, str], why: str, fault: str, first=lambda: None) -> bool:
-    """The same command on a sound disk, unless something was wrong already."""
-    if not why:
-        again = case.start(first=first)
-        if again.code or case.outcome() != wanted:
-            why = f"rerun ended with {again.code}: {again.said[-2000:]}"
-    case.clear()
-    if why:
-        print(f"BAD {fault}: {why}", flush=True)
-    return not why
 
 
 def sound(checkpoint: Path) -> bool:
