@@ -91,6 +91,11 @@ class Train(BaseModel):
     """Every random number of the run follows from it."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, about a third slower."""
+    compile: bool = False
+    """Compile the denoiser's blocks with torch.compile: minutes at the start, for each bucket anew, and other rounding."""
+    deterministic: bool = False
+    """On a GPU use deterministic kernels alone, so that the same run gives the same bytes there too; slower, by how much is not
+    measured. On a CPU it changes nothing: there it is always so."""
     threads: Positive | None = None
     """CPU threads of one process; null shares out all cores."""
     keep_checkpoints: Positive = 2

@@ -11,7 +11,7 @@ from finetune.metrics._intervals import facts
 from finetune.metrics.base import Album, Painted
 from finetune.recipe import Recipe
 from finetune.train import evaluate
-from finetune.train.preview import jobs
+from finetune.train.sampling import previews
 
 
 class Judge:
@@ -19,7 +19,7 @@ class Judge:
 
     def __init__(self, recipe: Recipe, index: Index):
         """`index` holds the training pictures. Raises FinetuneError for a metric that is unknown or cannot measure previews."""
-        self.prompts = [job.prompt for job in jobs(recipe)]
+        self.prompts = [job.prompt for job in previews(recipe)]
         given = {"training", "seeds"} if len(recipe.preview.seeds) > 1 else {"training"}
         self.metrics = evaluate.metrics(recipe.preview.metrics, given, "preview.metrics: ")
         if [one for one in self.metrics if one.word == recipe.train.keep_best and not one.module.BETTER]:

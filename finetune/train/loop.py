@@ -12,6 +12,7 @@ from finetune.optim.schedule import factor
 from finetune.train import checkpoint, preview, trackers
 from finetune.train.alarm import AFTER, alarms, traces
 from finetune.train.best import criterion, history, note, over
+from finetune.train.compile import stepping
 from finetune.train.setup import Run, seed_step, to_device
 from finetune.train.stop import Stop, Stopped
 from finetune.train.validate import validate
@@ -83,7 +84,8 @@ def one_step(run: Run, step: int, batches: list[Batch]) -> tuple[torch.Tensor, t
     for batch in batches:
         seed_step(recipe.seed, batch.positions[0])
         with nullcontext() if batch is batches[-1] else accelerator.no_sync(run.model):
-            loss = run.model(to_device(batch, accelerator.device))
+            with stepping() if recipe.compile else nullcontext():
+                loss = run.model(to_device(batch, accelerator.device))
             # × 1, or × NaN when this loss is not finite: then no process's gradient is, for they are averaged.
             accelerator.backward(loss * (1 + 0 * loss.detach()))
         total += loss.detach()

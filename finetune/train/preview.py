@@ -10,8 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from finetune.recipe import Recipe
-from finetune.train.jobs import Job
-from finetune.train.sampling import generate
+from finetune.train.sampling import generate, previews
 
 MARGIN, LABEL = 6, 15       # pixels
 
@@ -29,12 +28,6 @@ def resting(parts: dict[str, torch.nn.Module]):
             module.training = mode
 
 
-def jobs(recipe: Recipe) -> list[Job]:
-    p = recipe.preview
-    return [Job(prompt=prompt, seed=seed, steps=p.steps, guidance=p.guidance, size=(recipe.data.resolution,) * 2)
-            for prompt in p.prompts for seed in p.seeds]
-
-
 def columns(recipe: Recipe, family, method, base: list[Image.Image] | None, done: int) -> dict[float, list[Image.Image]]:
     """Strength → a picture for each job after `done` steps. 0 is the base, whose pictures are sampled unless they are known."""
     found = {0.0: base} if base else {}
@@ -42,7 +35,7 @@ def columns(recipe: Recipe, family, method, base: list[Image.Image] | None, done
         pipeline = family.pipeline()
         for strength in [0.0, *recipe.preview.strengths][len(found):]:
             with method.at(strength):
-                found[strength] = list(generate(pipeline, jobs(recipe), say=f"preview {label(strength, done)}"))
+                found[strength] = list(generate(pipeline, previews(recipe), say=f"preview {label(strength, done)}"))
     return found
 
 
@@ -52,7 +45,7 @@ def label(strength: float, done: int) -> str:
 
 def save(path: Path, recipe: Recipe, found: dict[float, Sequence[Image.Image]], done: int) -> Image.Image:
     """The columns as a sheet, in a file that is there as a whole or not at all."""
-    sheet = grid([list(row) for row in zip(*found.values())], [f"{job.prompt} · {job.seed}" for job in jobs(recipe)],
+    sheet = grid([list(row) for row in zip(*found.values())], [f"{job.prompt} · {job.seed}" for job in previews(recipe)],
                  [label(strength, done) for strength in found])
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     sheet.save(part, "PNG")
