@@ -49,7 +49,7 @@ def _run(arguments: list[str]) -> int:
     of_command = argparse.ArgumentParser(
         prog=f"finetune {chosen.command}", description=registry.summary("commands", chosen.command))
     command.add_arguments(of_command)
-    of_command.add_argument("--quiet", action="store_true", help="say nothing on the way: no bars, no notes, only errors and results")
+    of_command.add_argument("--quiet", action="store_true", help="no bars and no notes on the way, only errors and results")
     words = of_command.parse_args(chosen.arguments)
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere) if words.quiet else nullcontext():
         return command.run(words)

@@ -4,15 +4,16 @@ What it says is the column `synthetic`, in a table of its own, synthetic.jsonl."
 
 from pathlib import Path
 
-ADVICE = ("an image-to-text model of transformers is needed, with its weights as safetensors: a local folder or a hub id, such as "
-          "Salesforce/blip-image-captioning-large")
+ADVICE = ("an image-to-text model of transformers is needed, with its weights as safetensors: a local folder or a hub id, "
+          "such as Salesforce/blip-image-captioning-large")
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("pictures", type=Path, help="a folder of pictures; what has a synthetic caption keeps it")
     parser.add_argument("--model", required=True, metavar="PATH|ID", help=ADVICE)
-    parser.add_argument("--prompt", metavar="WORDS", help="what the model is told: how its captions begin (BLIP, GIT), its task (<CAPTION> "
-                        "of Florence-2), or what is asked of one that answers; these are asked for one sentence if it is not given")
+    parser.add_argument("--prompt", metavar="WORDS", help="what the model is told: how captions begin (of BLIP), the task (of "
+                        "Florence-2: <CAPTION>), or the question to one that answers, which is asked for one sentence if it is "
+                        "not given")
     parser.add_argument("--tokens", type=int, default=50, metavar="N", help="of a caption at the most, 50 if not given")
 
 
@@ -37,7 +38,8 @@ def run(args) -> int:
             os.truncate(out, out.read_bytes().rfind(b"\n") + 1)
         index = look(args.pictures, lambda line: print(line, file=sys.stderr))
         if not isinstance(index.places[0], Folder):
-            raise FinetuneError(f"{args.pictures}: captions are written into a folder of pictures, and this is {index.places[0].kind}")
+            raise FinetuneError(f"{args.pictures}: captions are written into a folder of pictures, and this is "
+                                f"{index.places[0].kind}")
         names = [os.fsdecode(name) for name in index.table["name"].to_pylist()]
         refuse([f"{index.name(i)}: its name is not UTF-8, so no table can name it" for i, name in enumerate(names)
                 if name.encode(errors="ignore").decode() != name])
@@ -51,7 +53,8 @@ def run(args) -> int:
     except OSError as e:
         raise FinetuneError(f"{out}: cannot be written: {e.strerror}") from None
     silent = f", of {len(todo) - made} it said nothing" if made < len(todo) else ""
-    print(f"{made} pictures captioned in {out}, {len(index) - len(todo)} were before{silent}; a template names them: {{synthetic}}")
+    print(f"{made} pictures captioned in {out}, {len(index) - len(todo)} were before{silent}\n"
+          "a template names them {synthetic}")
     return 0
 
 

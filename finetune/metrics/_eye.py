@@ -36,12 +36,13 @@ def refusing(path: str, advice: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError) as e:
-        raise FinetuneError(f"{path}: cannot be used: {(str(e).strip() or type(e).__name__).splitlines()[0]}\n    {advice}") from None
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise FinetuneError(f"{path}: cannot be used: {why}\n    {advice}") from None
 
 
 def opened(kind, path: str, dtype: torch.dtype | str) -> torch.nn.Module:
-    """The model of a local folder or a hub id, by the `kind` of transformers' AutoModel…, whole and in eval mode. Only safetensors are
-    read, and no code that comes with them is run."""
+    """The model of a local folder or a hub id, by the `kind` of transformers' AutoModel…, whole and in eval mode. Only
+    safetensors are read, and no code that comes with them is run."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -59,8 +60,8 @@ class Network:
         import transformers
 
         self.path, self.seen = path, {}
-        with refusing(path, "a metric looks with a local folder or a hub id of transformers, --metric NAME:MODEL, or without a "
-                            "network: NAME:pixels"):
+        with refusing(path, "a metric looks with a local folder or a hub id of transformers, NAME:MODEL, or without a network: "
+                            "NAME:pixels"):
             self.model = opened(transformers.AutoModel, path, torch.float32)
             self.processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil")
             self.words = transformers.AutoTokenizer.from_pretrained(path) if hasattr(self.model, "get_text_features") else None

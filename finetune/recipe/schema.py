@@ -114,7 +114,7 @@ class Preview(BaseModel):
     strengths: Annotated[Some[Rate], AfterValidator(different)] = (1.0,)
     """How often what is trained counts: a column for each, beside the base's."""
     metrics: Many[Text] = ()
-    """What is measured of the previews into metrics.jsonl, as `finetune eval` has it, such as [clip_t, "dino:path/to/network"]."""
+    """What is measured of the previews into metrics.jsonl, as `finetune eval` has it, such as [clip_t, "dino:a/network"]."""
     steps: Positive = 25
     """Sampling steps."""
     guidance: Annotated[float, Field(ge=0)] = 5.0

@@ -15,7 +15,9 @@ from finetune.train.window import write
 def criterion(recipe: Recipe) -> tuple[str, int]:
     """What lines of metrics.jsonl call it, and 1 where less is better, −1 where more is."""
     word = recipe.train.keep_best
-    return ("validation_loss", 1) if isinstance(word, bool) else (word, -1 if registry.find("metrics", word).BETTER == "higher" else 1)
+    if isinstance(word, bool):
+        return "validation_loss", 1
+    return word, -1 if registry.find("metrics", word).BETTER == "higher" else 1
 
 
 def history(folder: RunFolder, key: str) -> dict[int, float]:

@@ -18,7 +18,7 @@ class Judge:
     """The metrics that a recipe names, each with the network that it looks with."""
 
     def __init__(self, recipe: Recipe, index: Index):
-        """`index` holds the training pictures. Raises FinetuneError for a metric that is unknown or cannot measure previews."""
+        """`index` holds the training pictures. Raises FinetuneError for a metric that cannot measure previews."""
         self.prompts = [job.prompt for job in previews(recipe)]
         given = {"training", "seeds"} if len(recipe.preview.seeds) > 1 else {"training"}
         self.metrics = evaluate.metrics(recipe.preview.metrics, given, "preview.metrics: ")
@@ -32,7 +32,8 @@ class Judge:
         found = {}
         for metric in self.metrics:
             eye = self.eyes[metric.model]
-            values = {name: facts(one)["value"] for name, one in metric.module.measure(Painted(self.prompts, pictures, self.training), eye).items()}
+            measured = metric.module.measure(Painted(self.prompts, pictures, self.training), eye)
+            values = {name: facts(one)["value"] for name, one in measured.items()}
             getattr(eye, "seen", {}).pop(id(pictures), None)        # they are not looked at again
             found |= values | {metric.word: fmean(values.values())}
         return found

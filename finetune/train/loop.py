@@ -157,8 +157,8 @@ def resume(run: Run) -> tuple[int, Window]:
 
 
 def show(run: Run, done: int, stop: Stop) -> None:
-    """A grid of the base beside what is trained so far, and what the recipe has measured of it, unless the run is asked to stop
-    meanwhile. Changes no bit of the training: it draws from its own seeds."""
+    """A grid of the base beside what is trained so far, and what the recipe has measured of it, unless the run is asked to
+    stop meanwhile. Changes no bit of the training: it draws from its own seeds."""
     if run.accelerator.is_main_process:
         with suppress(Stopped), stop.raised_by(run.family.parts["denoiser"]), run.ema.swapped() if run.ema else nullcontext():
             found = preview.columns(run.recipe, run.family, run.method, run.base_pictures, done)

@@ -40,7 +40,7 @@ def columns(recipe: Recipe, family, method, base: list[Image.Image] | None, done
 
 
 def label(strength: float, done: int) -> str:
-    return "base" if not strength else f"step {done}" + (f" × {strength:g}" if strength != 1 else "")
+    return "base" if not strength else f"step {done}" + (f" at {strength:g}" if strength != 1 else "")
 
 
 def save(path: Path, recipe: Recipe, found: dict[float, Sequence[Image.Image]], done: int) -> Image.Image:

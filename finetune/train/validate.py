@@ -21,7 +21,7 @@ LEVELS = 8      # quantiles of the law that timesteps are trained by
 
 
 def validate(run: Run, done: int) -> None:
-    """Append the line to metrics.jsonl, unless it is there. It draws nothing that training draws, and so changes no bit of it."""
+    """Append the line to metrics.jsonl, unless it is there. It draws nothing that training draws, and changes no bit of it."""
     if run.accelerator.is_main_process and done not in history(run.folder, "validation_loss"):
         if run.base_losses is None:
             with run.method.at(0):

@@ -253,7 +253,7 @@ def drawn(vae) -> Tensor:
 
 
 def table(checks: list[Check]) -> str:
-    return folded("\n".join(f"  {'ok  ' if check.passed else 'FAIL'}  {check.name:<28} {check.found}" for check in checks), 37)
+    return folded("\n".join(f"  {'ok  ' if check.passed else 'FAIL'}  {check.name:<28} {check.found}" for check in checks))
 
 
 def as_json(results: dict[str, list[Check]]) -> str:
