@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from finetune import registry
 from finetune.artifact import published, read_header
 from finetune.change import change
-from finetune.families import _original
+from finetune.families import _merging, _original
 from finetune.families import base as families
 from finetune.families._identify import LAYOUTS
 from finetune.formats import base as formats
@@ -258,7 +258,7 @@ def compare(tool: str, read: Read, family, file: Path) -> bool:
     """Print a line, and say whether the tool gets as many weights right as our receipt says."""
     said = next(reading for reading in receipt(read_header(file), family.spec.name) if reading.tool == tool)
     artifact = formats.load(file, family.spec)
-    ours = {f"{stem}.weight": (p.detach(), how) for stem, p, how in families.touched(family.parts, artifact)}
+    ours = {f"{stem}.weight": (p.detach(), how) for stem, p, how in _merging.touched(family.parts, artifact)}
     worst, where, right, other, why = 0.0, "", 0, [], ""
     try:
         for name, theirs in read(file):
