@@ -1,7 +1,7 @@
 """What other tools make of a file, from its header alone: the proof that it loads cannot run them, but they were measured.
 
 Each row was taken from the tool's own loader in the version named here (tests/formats/test_consumers.py holds the measured
-counts against these tables). A row's marks are in the order of TOOLS:
+counts against these tables; docs/loaders.md: what was run again, and in which version). A row's marks are in the order of TOOLS:
 
     +  right     x  applied, but by the wrong amount     -  passed over, mostly without a word
     !  the whole file is refused over it                 ?  not examined
