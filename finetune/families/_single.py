@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from finetune.artifact import Header, published, read_header
 from finetune.errors import FinetuneError
 from finetune.families import _original
-from finetune.families._identify import Known, Place, identify
+from finetune.families._identify import LAYOUTS, Known, Place, identify
 from finetune.families.base import Changes, Source
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class SingleFile:
         return self.configs["model_index"] | absent
 
     def has(self, component: str) -> bool:
-        return bool((self.index.get(component) or [None])[0])
+        absent = component in LAYOUTS[self.known.family] and component not in self.known.places
+        return not absent and bool((self.index.get(component) or [None])[0])
 
     def config(self, component: str) -> dict:
         if component not in self.configs:
@@ -66,7 +67,7 @@ class SingleFile:
         """A frozen part in eval mode. Raises FinetuneError when it is not in the file or does not fit the config."""
         try:
             if component not in self.known.places:
-                raise FinetuneError(f"it holds no {component}: give a whole checkpoint, or the part by itself, such as base.vae")
+                raise FinetuneError(f"it holds no {component}")
             return load(self.path, self.known.places[component], cls, self.config(component), dtype)
         except FinetuneError as e:
             raise FinetuneError(f"base.path: {self.path}: {e}") from None
@@ -91,7 +92,8 @@ def source(path: str) -> SingleFile:
         header = read_header(path)
         known = identify(header)
         if known.family is None:
-            raise FinetuneError(f"it holds nothing but the {', '.join(known.places)}: give it beside a base, not as one")
+            raise FinetuneError(f"it is no base, but the {', '.join(known.places)} of one: give it beside a base, as "
+                                + ", ".join(f"base.{word} (--{word})" for word in (c.replace("_encoder", "") for c in known.places)))
         if known.family == "sd2" and known.prediction is None:
             known = replace(known, **_measured(path, known))
     except FinetuneError as e:
@@ -102,13 +104,19 @@ def source(path: str) -> SingleFile:
 def configs(known: Known) -> dict[str, dict]:
     """What is shipped for a model of this kind, with the noising that its file tells of."""
     found = json.loads((ASSETS / "configs" / f"{known.name}.json").read_text(encoding="utf-8"))
-    said = {"prediction_type": known.prediction} if known.prediction else {}
-    if known.zero_snr:      # PNDM knows none
-        pndm = found["scheduler"]["_class_name"] == "PNDMScheduler"
-        said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} | ({"_class_name": "DDIMScheduler"} if pndm else {})
-    found["scheduler"] |= said
+    found["scheduler"] = noised(found["scheduler"], known.prediction, known.zero_snr or None)
     found["model_index"]["scheduler"] = ["diffusers", found["scheduler"]["_class_name"]]
     return found
+
+
+def noised(scheduler: dict, prediction: str | None, zero_snr: bool | None) -> dict:
+    """A scheduler's config with another noising; None is its own."""
+    said = {"prediction_type": prediction} if prediction else {}
+    said |= {} if zero_snr is None else {"rescale_betas_zero_snr": zero_snr}
+    if zero_snr:        # PNDM knows none
+        pndm = scheduler["_class_name"] == "PNDMScheduler"
+        said |= {"timestep_spacing": "trailing"} | ({"_class_name": "DDIMScheduler"} if pndm else {})
+    return scheduler | said
 
 
 def _measured(path: str, known: Known) -> dict:

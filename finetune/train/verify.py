@@ -26,6 +26,7 @@ from finetune.families._altered import leave_out
 from finetune.formats import base as formats
 from finetune.formats import _consumers as consumers
 from finetune.formats import kohya, single_file
+from finetune.terminal import folded
 from finetune.train.preview import resting
 from finetune.train.sampling import worded
 
@@ -252,7 +253,7 @@ def drawn(vae) -> Tensor:
 
 
 def table(checks: list[Check]) -> str:
-    return "\n".join(f"  {'ok  ' if check.passed else 'FAIL'}  {check.name:<28} {check.found}" for check in checks)
+    return folded("\n".join(f"  {'ok  ' if check.passed else 'FAIL'}  {check.name:<28} {check.found}" for check in checks), 37)
 
 
 def as_json(results: dict[str, list[Check]]) -> str:

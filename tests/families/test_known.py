@@ -41,7 +41,7 @@ def known(request):
             if component in parts:
                 made[part] = CLASSES[parts[component]["architectures"][0]](CLIPTextConfig(**parts[component]))
         if "text_encoder_3" in parts:
-            made["t5"] = T5EncoderModel(T5Config(**parts["text_encoder_3"]))
+            made["text_3"] = T5EncoderModel(T5Config(**parts["text_encoder_3"]))
     return request.param, made
 
 
@@ -59,9 +59,9 @@ def test_sizes_and_lora_modules(known):
     # That of SD 3's CLIP-L is projected, by an identity
     small = 123_650_304 if sd3 else 123_060_480
     assert count["text"] == (small if name[:3] in ("sd3",) or name[:4] in ("sd15", "sdxl") else 340_387_840)
-    assert count.get("text_2", 694_659_840) == 694_659_840 and count.get("t5", 4_762_310_656) == 4_762_310_656
+    assert count.get("text_2", 694_659_840) == 694_659_840 and count.get("text_3", 4_762_310_656) == 4_762_310_656
     spec = registry.find("families", FAMILIES[name]).SPEC
-    assert [len(paths(made, part, spec, ["all"])) for part in made if part.startswith(("denoiser", "text"))] == MODULES[name]
+    assert [len(paths(made, part, spec, ["all"])) for part in ("denoiser", *spec.encoders)] == MODULES[name]
     if not sd3:
         adapted = {f"lora_unet_{path.replace('.', '_')}.lora_down.weight":
                    ("F16", (4, *made["denoiser"].get_submodule(path).weight.shape[1:]))
