@@ -81,11 +81,13 @@ def summed(adapters: list[tuple[Path, Artifact, float]], size: Cut | None) -> di
     from finetune.artifact import modules
     from finetune.change import core
     from finetune.lowrank import nearest, shrunk, total
+    from finetune.train.adapters import check_finite
 
     by_stem: dict[str, list] = {}
     for path, artifact, strength in adapters:
         if artifact.kind in ("embedding", "full", "vae"):
             raise FinetuneError(f"{path}: is no change of layers but of the kind {artifact.kind}: it stays a file of its own")
+        check_finite(path, artifact)
         for (part, name), module in modules(artifact.tensors).items():
             stem = f"{part}.{name}"
             dependent = sorted({"dora_scale", "oft_blocks"} & module.keys())
@@ -115,6 +117,9 @@ def summed(adapters: list[tuple[Path, Artifact, float]], size: Cut | None) -> di
             files = " and ".join(path.name for path, _, _ in own)
             raise FinetuneError(f"{stem}: {files} are for weights of the shapes {' and '.join(map(str, sorted(shapes)))}: "
                                 "they are for different bases")
+    if not any(product.norm for product in found.values()):
+        raise FinetuneError(f"{' + '.join(f'{strength:g} × {path.name}' for path, _, strength in adapters)} changes nothing; "
+                            "nothing is written")
     return found
 
 

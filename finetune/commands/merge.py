@@ -40,6 +40,7 @@ def into_base(args, adapters: list[tuple[Path, float]]) -> int:
     from finetune.families import base as families
     from finetune.formats import base as formats
     from finetune.formats import single_file
+    from finetune.train.adapters import check_finite
 
     if args.out.exists():
         raise FinetuneError(f"--out {args.out}: is there already; it is not overwritten")
@@ -48,6 +49,8 @@ def into_base(args, adapters: list[tuple[Path, float]]) -> int:
     # In float32, whatever is written: rounded once, at the end.
     family = _base.load(args, torch.float32)
     loaded = [(formats.load(path, family.spec), strength) for path, strength in adapters]
+    for (path, _), (artifact, _) in zip(adapters, loaded):
+        check_finite(path, artifact)
     if any(families.misfits(family.parts, artifact) for artifact, _ in loaded):
         families.merge(family.parts, loaded)        # says all that does not fit
     overflow, pieces = [], by_module(loaded)
@@ -100,8 +103,6 @@ def into_one(args, adapters: list[tuple[Path, float]], size) -> int:
     spec = registry.find("families", families[adapters[0][0]]).SPEC
     loaded = [(path, formats.load(path, spec), strength) for path, strength in adapters]
     found = _lora.summed(loaded, size)
-    if not any(product.norm for product in found.values()):
-        raise FinetuneError(f"--adapter: {_sum(adapters)} changes nothing; nothing is written")
     tensors, found = packed(found, _lora.dtype(args.dtype, [artifact for _, artifact, _ in loaded]))
     metadata = {"ss_output_name": args.out.stem, "modelspec.title": args.out.stem, "finetune.merged": _sum(adapters)}
     bases = {artifact.metadata.get("ss_sd_model_name") for _, artifact, _ in loaded}

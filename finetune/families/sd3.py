@@ -30,7 +30,7 @@ SPEC = FamilySpec(
     name="sd3",
     components={"denoiser": "transformer", "text": "text_encoder", "text_2": "text_encoder_2", "text_3": "text_encoder_3",
                 "vae": "vae"},
-    kohya={"denoiser": "lora_unet", "text": "lora_te1", "text_2": "lora_te2", "t5": "lora_te3"},
+    kohya={"denoiser": "lora_unet", "text": "lora_te1", "text_2": "lora_te2"},
     base_version="sd3",
     architecture="stable-diffusion-3",
     targets={"cross_attention": JOINT, "attention": ATTENTION, "feed_forward": FEED_FORWARD, "all": ATTENTION + FEED_FORWARD},

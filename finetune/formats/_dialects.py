@@ -35,17 +35,20 @@ NORMS = {"w_norm": "diff", "b_norm": "diff_b"}      # what LyCORIS calls the dif
 END = re.compile(rf"(?:{'|'.join(f'(?P<{role[1:]}>{pattern})' for pattern, role in ENDS)})$")
 OLD = re.compile(r"(.*?)(\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")        # diffusers < 0.18
 FLAT = re.compile(r"(lora_unet|lora_transformer|lora_te[123]?|lycoris|oft_unet)_([^.]+)")
-DOTTED = re.compile(r"(?:(unet|transformer|text_encoder(?:_[23])?|lora_unet|lora_transformer|lora_te[123]?)\.|(?:model\.)?diffusion_model\."
-                    r"|(?:text_encoders\.)?(clip_l|clip_g|t5|t5xxl)\.(?:transformer\.)?)?(?:base_model\.model\.)?(.+)")
+DOTTED = re.compile(r"(?:(unet|transformer|text_encoder(?:_[23])?|lora_unet|lora_transformer|lora_te[123]?)\."
+                    r"|(?:model\.)?diffusion_model\.|(?:text_encoders\.)?(clip_l|clip_g|t5|t5xxl)\.(?:transformer\.)?)?"
+                    r"(?:base_model\.model\.)?(.+)")
 COMPONENTS = {
-    "lora_unet": "unet", "oft_unet": "unet", "lora_transformer": "transformer", "lora_te": "text_encoder", "lora_te1": "text_encoder",
-    "lora_te2": "text_encoder_2", "lora_te3": "text_encoder_3", "clip_l": "text_encoder", "clip_g": "text_encoder_2",
+    "lora_unet": "unet", "oft_unet": "unet", "lora_transformer": "transformer",
+    "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2", "lora_te3": "text_encoder_3",
+    "clip_l": "text_encoder", "clip_g": "text_encoder_2",
     "t5": "text_encoder_3", "t5xxl": "text_encoder_3",
 }
 # What a path is of that comes without a component, or with the one that many write whatever the denoiser is.
 CONTENT = {
     "text_encoder": r"text_model\.",
-    "transformer": r"(joint_blocks|transformer_blocks|[txy]_embedder|context_embedder|final_layer|pos_embed|time_text_embed|norm_out|proj_out)\b",
+    "transformer": r"(joint_blocks|transformer_blocks|[txy]_embedder|context_embedder|final_layer|pos_embed|time_text_embed"
+                   r"|norm_out|proj_out)\b",
     "unet": r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|conv_norm_out|time_embedding|add_embedding)\b",
 }
 # A flat name does not say which of its underscores were dots: these are the names between the dots, of the UNets and the

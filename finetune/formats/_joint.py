@@ -78,7 +78,8 @@ def _together(path: str, loras: list[Roles | None]) -> dict[str, Tensor]:
 
     first = next(filter(None, loras))
     if len({len(lora["lora_A"]) for lora in loras if lora}) > 1:
-        raise FinetuneError(f"{path} is q, k and v at once, and their ranks differ: export as diffusers, or give them one rank")
+        raise FinetuneError(f"{path} is q, k and v at once, and their ranks differ: export as diffusers (of a file: "
+                            "finetune convert --to diffusers), or give them one rank")
     each = [lora or {role: torch.zeros_like(t) for role, t in first.items()} for lora in loras]
     alpha = first["alpha"] * len(loras)
     if not torch.equal(alpha / len(loras), first["alpha"]):      # float32 does not hold three times every number

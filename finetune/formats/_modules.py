@@ -47,7 +47,8 @@ def settle(stem: str, found: Mapping[str, Tensor], alpha: Callable[[int], float]
     shapes = " and ".join(str(tuple(t.shape)) for role, t in found.items() if role != "alpha")
     try:
         if odd := [role for role, tensor in found.items() if not (tensor.is_floating_point() or role == "alpha")]:
-            raise FinetuneError(f"{stem}.{odd[0]} has numbers of the type {str(found[odd[0]].dtype).removeprefix('torch.')}: nothing trained")
+            dtype = str(found[odd[0]].dtype).removeprefix("torch.")
+            raise FinetuneError(f"{stem}.{odd[0]} has numbers of the type {dtype}: nothing trained")
         # Numbers of 8 bits are all there in 16, and can be reckoned with.
         t, scale = _multiplied_out({role: tensor.half() if tensor.itemsize == 1 else tensor for role, tensor in found.items()})
         wanted = max(WHOLE, key=lambda row: sum(role in t for role in row))

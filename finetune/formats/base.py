@@ -84,7 +84,8 @@ def save(artifact: Artifact, path: str | Path, format_name: str, spec: FamilySpe
     found = hashlib.sha256()
     for data in data_of(tensors):
         found.update(data)
-    write_safetensors(path, tensors, metadata | {"sshs_model_hash": found.hexdigest(), "modelspec.hash_sha256": f"0x{found.hexdigest()}"})
+    known = {"sshs_model_hash": found.hexdigest(), "modelspec.hash_sha256": f"0x{found.hexdigest()}"}
+    write_safetensors(path, tensors, metadata | known)
 
 
 def check_kind(format_name: str, kind: str, field: str = "") -> None:
@@ -92,7 +93,8 @@ def check_kind(format_name: str, kind: str, field: str = "") -> None:
     able = [name for name in registry.names("formats") if kind in registry.find("formats", name).KINDS]
     if registry.check("formats", format_name) not in able:
         lost = {"dora": "the magnitudes", "difference": "whole differences, of weights, biases and norms,"}.get(kind, "all of it")
-        raise FinetuneError(f"{field}{format_name} cannot hold adapters of the kind {kind}; {', '.join(able)} can ({lost} would be lost)")
+        raise FinetuneError(f"{field}{format_name} cannot hold adapters of the kind {kind}; {', '.join(able)} can "
+                            f"({lost} would be lost)")
 
 
 def gather(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
@@ -211,7 +213,7 @@ _KINDS = (
 _PARTS = {
     "lora_unet": "denoiser", "unet": "denoiser", "transformer": "denoiser", "lora_transformer": "denoiser",
     "lora_te": "text", "lora_te1": "text", "text_encoder": "text",
-    "lora_te2": "text_2", "text_encoder_2": "text_2", "text_encoder_3": "t5",
+    "lora_te2": "text_2", "text_encoder_2": "text_2", "text_encoder_3": "text_3",
 }
 _FAMILY_OF_VERSION = {
     "sd_v1": "sd1", "sd_v2": "sd2", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux",

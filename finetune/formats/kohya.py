@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # both cost an import of torch
 KINDS = (*dict.fromkeys(_KINDS.values()), "vae", "embedding")
 WRITTEN = {role: role for role in ROLES} | {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
 OF_NORMS = {ours: theirs for theirs, ours in NORMS.items()}
+T5 = {"text_3": "lora_te3"}     # nothing here trains it, but others do
 PLAIN = "lora_transformer"      # the prefix of LyCORIS before the names of diffusers, for what cannot be fused
 
 
@@ -46,7 +47,7 @@ def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dic
         return ldm_vae(artifact, spec)
     if artifact.kind == "embedding":
         return _tokens.encode(artifact, spec, named=False), common_metadata(artifact, spec)
-    folded, tensors, prefixes = fold_alpha(artifact.tensors), {}, spec.kohya
+    folded, tensors, prefixes = fold_alpha(artifact.tensors), {}, T5 | spec.kohya
     if spec.joint and artifact.kind == "lora":
         folded = _joint.fused(folded)
     elif spec.joint:

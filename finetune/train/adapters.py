@@ -47,11 +47,19 @@ def load(words: list[tuple[Path, float]], family) -> list[Adapter]:
     """Those that were named, read. Raises FinetuneError for files that do not fit the base."""
     adapters = [Adapter(path, strength, formats.load(path, family.spec)) for path, strength in words]
     for each in adapters:
+        check_finite(each.path, each.artifact)
         if misfits := families.misfits(family.parts, each.artifact):
             raise FinetuneError(f"--adapter {each.path}: does not fit this base: {'; '.join(misfits[:3])}")
         if each.artifact.kind == "embedding" and each.strength != 1:
             raise FinetuneError(f"--adapter {each.path}:{each.strength:g}: a learned token has no strength; prompts name it or not")
     return adapters
+
+
+def check_finite(path: Path, artifact: Artifact) -> None:
+    """Raise FinetuneError for an adapter with numbers that are none."""
+    if bad := [name for name, t in artifact.tensors.items() if not t.isfinite().all()]:
+        raise FinetuneError(f"{path}: {len(bad)} of its tensors hold NaN or infinity, such as {bad[0]}: it is damaged, "
+                            "or its training went wrong")
 
 
 @contextmanager

@@ -115,7 +115,11 @@ def test_mistakes(tiny, pair, tmp_path, capsys):
     formats.save(Artifact("lora", "sdxl", formats.load(pair[0], SD1.SPEC).tensors, {}), other, "kohya", SD1.SPEC)
     shape = {f"{TO_K}.lora_A": torch.ones(1, 5), f"{TO_K}.lora_B": torch.ones(7, 1), f"{TO_K}.alpha": torch.ones(())}
     formats.save(Artifact("lora", "sd1", shape, {}), tmp_path / "wide.safetensors", "kohya", SD1.SPEC)
-    out, a = str(tmp_path / "o.safetensors"), ["merge", "--adapter", str(pair[0])]
+    odd = formats.load(pair[0], SD1.SPEC)
+    for name, value in (("nan", torch.nan), ("zero", 0.0)):
+        tensors = {key: t if key.endswith("alpha") else t * value for key, t in odd.tensors.items()}
+        formats.save(Artifact("lora", "sd1", tensors, {}), tmp_path / f"{name}.safetensors", "kohya", SD1.SPEC)
+    nan, out, a = str(tmp_path / "nan.safetensors"), str(tmp_path / "o.safetensors"), ["merge", "--adapter", str(pair[0])]
     for words, why in (([*a, "--adapter", str(other), "--out", out], "xl.safetensors is for sdxl"),
                        ([*a, "--adapter", str(tmp_path / "wide.safetensors"), "--out", out], "they are for different bases"),
                        ([*a, "--out", str(pair[1])], "is there already"),
@@ -123,6 +127,9 @@ def test_mistakes(tiny, pair, tmp_path, capsys):
                        ([*a, "--rank", "0", "--out", out], "--rank 0: at least 1"),
                        ([*a, "--base", "tiny", "--rank", "2", "--out", out], "without --base"),
                        ([*a[:2], f"{pair[0]}:0", "--out", out], "changes nothing"),
+                       (["resize", nan, "--rank", "1", "--out", out], "6 of its tensors hold NaN or infinity, such as "),
+                       ([*a, "--base", "tiny", "--adapter", nan, "--out", out], "hold NaN or infinity"),
+                       (["resize", str(tmp_path / "zero.safetensors"), "--rank", "1", "--out", out], "changes nothing"),
                        (["resize", str(pair[0]), "--energy", "1.5", "--out", out], "a share is needed"),
                        (["extract", "--base", "tiny", "--tuned", "tiny", "--rank", "2", "--out", out], "no layer has changed")):
         assert main(words) == 2, words
