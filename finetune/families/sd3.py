@@ -15,10 +15,11 @@ from finetune import registry
 from finetune.batch import Conditioning
 from finetune.diffusion.path import RectifiedFlow
 from finetune.errors import FinetuneError
-from finetune.families import _clip, _latents, base
-from finetune.families._clip import Clip
+from finetune.families import _clip, _latents, _parts
 from finetune.families._altered import altered
-from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
+from finetune.families._clip import Clip
+from finetune.families._parts import save, sketch, tokenizer
+from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, vocabulary
 from finetune.tokens import Learned
 
 # Where text and picture meet; without patterns that not every version has: only 3.5 medium has an attn2, of the picture alone.
@@ -171,4 +172,4 @@ def outline(path: str, revision: str | None = None, variant: str | None = None, 
     return Sd3(source, {}, {part: source.tokenizer(tokenizer(SPEC, part)) for part in spoken}, source.scheduler())
 
 
-load = partial(base.load, outline)
+load = partial(_parts.load, outline)
