@@ -21,8 +21,7 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     import transformers
 
     from finetune.families._single import clip_tokenizer
-    from finetune.families._parts import publish_text_encoder
-    from finetune.families.base import quiet
+    from finetune.families.base import publish_text_encoder, quiet
 
     quiet()
     configs = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))

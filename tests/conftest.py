@@ -86,8 +86,7 @@ def build_member(name: str, folder: Path) -> Path:
     import torch
     import transformers
 
-    from finetune.families._parts import publish_text_encoder
-    from finetune.families.base import quiet
+    from finetune.families.base import publish_text_encoder, quiet
 
     quiet()
     parts = json.loads((ROOT / "finetune" / "assets" / "configs" / f"{name}.json").read_text())

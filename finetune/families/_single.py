@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,21 +151,45 @@ class _Tensors(Mapping):
 
 def load(path: str, place: Place, cls: type, config: dict, dtype: torch.dtype) -> nn.Module:
     """One frozen part of a file, in eval mode. Raises FinetuneError when its tensors are not those of the config."""
-    kind, prefix = place
     part = empty(cls, config)
-    ours = {published(name): t for name, t in part.state_dict().items()}
-    shapes = {name: tuple(t.shape) for name, t in ours.items()}
-    table = _original.rows(kind, shapes)
-    check(read_header(path), place, table, shapes)
+    table, shapes = table_of(path, place, part)
     try:
         with safe_open(path, "pt") as file:
-            tensors = dict(_original.read(_Tensors(file, prefix, [row.theirs for row in table], dtype), table, shapes))
+            tensors = dict(_original.read(_Tensors(file, place[1], [row.theirs for row in table], dtype), table, shapes))
     except SafetensorError as e:
         raise FinetuneError(f"cannot be read: {e}") from None
     part.load_state_dict({name: tensors[published(name)].to(dtype) for name in part.state_dict()}, assign=True)
     if hasattr(part, "tie_weights"):
         part.tie_weights()
     return part.requires_grad_(False).eval()
+
+
+def table_of(path: str, place: Place, part: nn.Module) -> tuple[list[_original.Row], dict[str, tuple[int, ...]]]:
+    """(rows of the file's tensors, shapes of ours). Raises FinetuneError when its tensors are not those of the part."""
+    shapes = {published(name): tuple(t.shape) for name, t in part.state_dict().items()}
+    table = _original.rows(place[0], shapes)
+    check(read_header(path), place, table, shapes)
+    return table, shapes
+
+
+def each(source: SingleFile, component: str) -> dict[str, Callable[[], Tensor]]:
+    """{name of ours: what reads it} for the tensors of a part, each from a mapping of its own, so that none stays in memory.
+    Raises FinetuneError when the part is not in the file or is of another model."""
+    import diffusers
+    import transformers
+
+    if component not in source.known.places:
+        raise FinetuneError(f"{source.path}: holds no {component}, but {', '.join(source.known.places)}")
+    library, cls = source.index[component]
+    place = source.known.places[component]
+    table, shapes = table_of(source.path, place, empty(getattr({"diffusers": diffusers}.get(library, transformers), cls),
+                                                       source.config(component)))
+
+    def read(row: _original.Row, name: str) -> Tensor:
+        with safe_open(source.path, "pt") as file:
+            return dict(_original.read({row.theirs: file.get_tensor(place[1] + row.theirs)} if row.theirs else {}, [row], shapes))[name]
+
+    return {name: partial(read, row, name) for row in table for name in row.ours}
 
 
 def empty(cls: type, config: dict) -> nn.Module:

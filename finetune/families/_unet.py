@@ -15,8 +15,7 @@ from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
 from finetune.families import _beside, _clip, _latents
 from finetune.families._altered import altered
-from finetune.families._parts import save, sketch, tokenizer
-from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, vocabulary
+from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
 

@@ -4,7 +4,7 @@
 
 from functools import partial
 
-from finetune.families import _parts, _unet
+from finetune.families import _unet, base
 from finetune.families._clip import Clip
 from finetune.families.base import FamilySpec
 
@@ -19,4 +19,4 @@ SPEC = FamilySpec(
 TEXT = {"text": Clip()}
 
 outline = partial(_unet.outline, SPEC, TEXT)
-load = partial(_parts.load, outline)
+load = partial(base.load, outline)

@@ -15,11 +15,10 @@ from finetune import registry
 from finetune.batch import Conditioning
 from finetune.diffusion.path import RectifiedFlow
 from finetune.errors import FinetuneError
-from finetune.families import _clip, _latents, _parts
-from finetune.families._altered import altered
+from finetune.families import _clip, _latents, base
 from finetune.families._clip import Clip
-from finetune.families._parts import save, sketch, tokenizer
-from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, vocabulary
+from finetune.families._altered import altered
+from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
 from finetune.tokens import Learned
 
 # Where text and picture meet; without patterns that not every version has: only 3.5 medium has an attn2, of the picture alone.
@@ -31,7 +30,7 @@ SPEC = FamilySpec(
     name="sd3",
     components={"denoiser": "transformer", "text": "text_encoder", "text_2": "text_encoder_2", "text_3": "text_encoder_3",
                 "vae": "vae"},
-    kohya={"denoiser": "lora_unet", "text": "lora_te1", "text_2": "lora_te2"},
+    kohya={"denoiser": "lora_unet", "text": "lora_te1", "text_2": "lora_te2", "t5": "lora_te3"},
     base_version="sd3",
     architecture="stable-diffusion-3",
     targets={"cross_attention": JOINT, "attention": ATTENTION, "feed_forward": FEED_FORWARD, "all": ATTENTION + FEED_FORWARD},
@@ -172,4 +171,4 @@ def outline(path: str, revision: str | None = None, variant: str | None = None, 
     return Sd3(source, {}, {part: source.tokenizer(tokenizer(SPEC, part)) for part in spoken}, source.scheduler())
 
 
-load = partial(_parts.load, outline)
+load = partial(base.load, outline)

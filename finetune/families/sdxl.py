@@ -4,7 +4,7 @@ The UNet is told six numbers of each picture: its original height and width, whe
 
 from functools import partial
 
-from finetune.families import _parts, _unet
+from finetune.families import _unet, base
 from finetune.families._clip import Clip
 from finetune.families.base import FamilySpec
 
@@ -20,4 +20,4 @@ SPEC = FamilySpec(
 TEXT = {"text": Clip(hidden=-2), "text_2": Clip(hidden=-2, pooled=True)}
 
 outline = partial(_unet.outline, SPEC, TEXT)
-load = partial(_parts.load, outline)
+load = partial(base.load, outline)
