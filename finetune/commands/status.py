@@ -14,7 +14,7 @@ def run(args) -> int:
     from finetune.errors import FinetuneError
     from finetune.runfolder import RunFolder
 
-    folders = [args.run] if args.run else sorted(p.parent for p in Path("runs").glob("*/run.json"))
+    folders = [args.run] if args.run else runs()
     if args.run and not (args.run / "run.json").is_file():
         raise FinetuneError(f"{args.run} is no run folder: it has no run.json")
     rows = [facts(RunFolder(folder, folder.name)) for folder in folders]
@@ -31,15 +31,17 @@ def run(args) -> int:
     return 0
 
 
+def runs() -> list[Path]:
+    """The run folders in runs/, by name."""
+    return sorted(path.parent for path in Path("runs").glob("*/run.json"))
+
+
 def facts(folder) -> dict:
     """What the folder's files say; a run without a holder is finished or stopped."""
-    import json
-
     exact = folder.known()["exact"]
     train = exact["recipe"]["train"]
-    lines = folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.exists() else []
-    # Others name a skipped step or an alarm, and the very last may be half written.
-    last = next((json.loads(line) for line in reversed(lines) if '"images_per_second"' in line and line.endswith("}")), {})
+    # Other lines name a skipped step or an alarm.
+    last = next((line for line in reversed(folder.logged()) if "images_per_second" in line), {})
     done, owner = last.get("step", 0), folder.owner()
     state = "running" if owner else "finished" if done == train["max_steps"] and any(folder.adapters.glob("*.safetensors")) \
         else "stopped"

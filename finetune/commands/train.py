@@ -35,7 +35,7 @@ def run(args) -> int:
     folder = RunFolder(args.run or Path("runs") / name, name)
     with loaded.placing():
         if processes.main():        # before torch is imported, which takes seconds
-            folder.lock()
+            folder.lock([args.recipe, *(f"--set={setting}" for setting in args.overrides), f"--run={folder.root}"])
             folder.check_ours()
             folder.check_writable()
             folder.check_room(20_000_000)       # the exact need is known when everything is loaded

@@ -1,6 +1,5 @@
 """The best step of a run, and how long ago it was: by the loss on held-out pictures, or by a metric of the previews."""
 
-import json
 from collections.abc import Mapping
 
 import torch
@@ -21,10 +20,7 @@ def criterion(recipe: Recipe) -> tuple[str, int]:
 
 def history(folder: RunFolder, key: str) -> dict[int, float]:
     """Step → what metrics.jsonl says of it under that name."""
-    if not folder.metrics.exists():
-        return {}
-    lines = map(json.loads, folder.metrics.read_text(encoding="utf-8").splitlines())
-    return {line["step"]: line[key] for line in lines if line.get(key) is not None}
+    return {line["step"]: line[key] for line in folder.logged() if line.get(key) is not None}
 
 
 def best(run: Run) -> int | None:

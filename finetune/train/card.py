@@ -14,6 +14,7 @@ from finetune import __version__
 from finetune.errors import FinetuneError
 from finetune.recipe import Recipe, load
 from finetune.recipe.resolved import written
+from finetune.runfolder import RunFolder
 from finetune.train.evaluate import table
 from finetune.train.export import named, public
 from finetune.train.report import sentence, uses
@@ -75,7 +76,7 @@ def text(run: Path, recipe: Recipe, proof: dict, to: str, licence: str, pictured
     kinds, base = [method.kind for method in recipe.method], hub_id(recipe.base.path)
     head = ModelCardData(license=licence, base_model=base, library_name="diffusers", pipeline_tag="text-to-image",
                          tags=["finetune", recipe.base.family, *kinds], instance_prompt=", ".join(calls) or None)
-    how = uses(recipe, proof, run)
+    how = uses(recipe, proof)
     here = [HERE[kind].format(to=to, file=file, stem=Path(file).stem) for kind, (file, _) in zip(kinds, how)]
     parts = [f"---\n{head.to_yaml().strip()}\n---", f"# {to.partition('/')[2]}", f"{line(sentence(recipe))}.",
              *(["![base beside what was trained](preview.png)"] if pictured else []),
@@ -106,7 +107,7 @@ def told(recipe: Recipe) -> dict:
 
 def measured(run: Path) -> list[str]:
     """The last losses, and the table of an eval that was written into a folder of the run."""
-    lines = [json.loads(each) for each in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = RunFolder(run, run.name).logged()
     last = {key: [each[key] for each in lines if each.get(key) is not None][-1:] for key in ("loss", "validation_loss")}
     said = [f"{key.replace('_', ' ')}: {value[0]:.4g}" for key, value in last.items() if value]
     tables = [table(json.loads(file.read_text(encoding="utf-8"))["metrics"]) for file in sorted(run.glob("*/eval.json"))]

@@ -59,12 +59,8 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     device.set_deterministic(recipe.train.deterministic, accelerator.device)
     device.check_precision(recipe.train.mixed_precision, recipe.base.dtype, accelerator.device)
     index, held = pictures(recipe, say, not accelerator.is_main_process)
-    family = registry.find("families", recipe.base.family).load(
-        recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant, changes(recipe))
-    shows = shown(recipe, family)
-    families.merge(family.parts, [(formats.load(a.path, family.spec), a.strength) for a in recipe.base.adapters])
-    family.long = recipe.data.caption.long
-    stride = family.stride
+    family = base(recipe)
+    shows, stride = shown(recipe, family), family.stride
     check_step(recipe, family.step)
     for name, part in family.parts.items():
         if name != "denoiser":      # it goes there when the encoders have made room, see setup.prepare
@@ -80,7 +76,18 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     return ground
 
 
+def base(recipe: Recipe):
+    """The family over the recipe's base, with what is merged into it."""
+    given = recipe.base
+    family = registry.find("families", given.family).load(
+        given.path, families.DTYPES[given.dtype], given.revision, given.variant, changes(recipe))
+    families.merge(family.parts, [(formats.load(a.path, family.spec), a.strength) for a in given.adapters])
+    family.long = recipe.data.caption.long
+    return family
+
+
 def changes(recipe: Recipe) -> families.Changes:
+    """What the words of the base want to be otherwise."""
     base = recipe.base
     return families.Changes(base.parts, base.clip_skip, base.quantize, base.prediction, base.zero_snr)
 
