@@ -30,7 +30,7 @@ SPEC = FamilySpec(
     name="sd3",
     components={"denoiser": "transformer", "text": "text_encoder", "text_2": "text_encoder_2", "text_3": "text_encoder_3",
                 "vae": "vae"},
-    kohya={"denoiser": "lora_unet", "text": "lora_te1", "text_2": "lora_te2", "t5": "lora_te3"},
+    kohya={"denoiser": "lora_unet", "text": "lora_te1", "text_2": "lora_te2", "text_3": "lora_te3"},
     base_version="sd3",
     architecture="stable-diffusion-3",
     targets={"cross_attention": JOINT, "attention": ATTENTION, "feed_forward": FEED_FORWARD, "all": ATTENTION + FEED_FORWARD},
@@ -112,8 +112,8 @@ class Sd3:
     def notes(self) -> tuple[str, ...]:
         """What is worth saying before a run."""
         clips = self.tokenizers["text"].model_max_length - 2
-        t5 = f"its T5 reads {LENGTH - 1} tokens of a caption, its CLIPs the first {clips} of them" if "text_3" in self.tokenizers \
-            else f"it is taken without a T5: its CLIPs read {clips} tokens of a caption"
+        t5 = f"its T5 reads {LENGTH - 1} tokens of a caption, its CLIPs the first {clips} of them" \
+            if "text_3" in self.tokenizers else f"it is taken without a T5: its CLIPs read {clips} tokens of a caption"
         return (*self.source.notes, t5)
 
     @property

@@ -211,7 +211,7 @@ _KINDS = (
 _PARTS = {
     "lora_unet": "denoiser", "unet": "denoiser", "transformer": "denoiser", "lora_transformer": "denoiser",
     "lora_te": "text", "lora_te1": "text", "text_encoder": "text",
-    "lora_te2": "text_2", "text_encoder_2": "text_2", "text_encoder_3": "t5",
+    "lora_te2": "text_2", "text_encoder_2": "text_2", "text_encoder_3": "text_3",
 }
 _FAMILY_OF_VERSION = {
     "sd_v1": "sd1", "sd_v2": "sd2", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux",

@@ -112,7 +112,7 @@ def widened(shows: str, folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_lora_learns_from_what_it_is_shown(train, tmp_path):
-    """Beside the tiny base itself under the same settings: squares of random colours can be known by nothing but being shown."""
+    """Beside the tiny base itself under the same settings: nothing tells of squares of random colours but that they are shown."""
     draw = np.random.default_rng(0)
     for role, count in (("learn", 200), ("held", 16)):
         (tmp_path / role).mkdir()

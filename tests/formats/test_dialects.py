@@ -122,11 +122,11 @@ JOINT = {   # diffusers → SD 3 as published, by OneTrainer's table, where q, k
     "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
 }
 T5 = ["encoder.block.3.layer.0.SelfAttention.q", "encoder.block.0.layer.1.DenseReluDense.wi_0"]
-PATHS = {"sdxl": {"denoiser": list(XL), "text": TEXT, "text_2": TEXT}, "sd3": {"denoiser": list(JOINT), "text": TEXT, "text_2": TEXT, "t5": T5}}
-TE = {"text": "lora_te1", "text_2": "lora_te2", "t5": "lora_te3"}
-OF_COMFY = {"text": "text_encoders.clip_l.transformer", "text_2": "text_encoders.clip_g.transformer", "t5": "text_encoders.t5xxl.transformer"}
-OF_OMI = {"text": "clip_l", "text_2": "clip_g", "t5": "t5"}
-OF_DIFFUSERS = {"text": "text_encoder", "text_2": "text_encoder_2", "t5": "text_encoder_3"}
+PATHS = {"sdxl": {"denoiser": list(XL), "text": TEXT, "text_2": TEXT}, "sd3": {"denoiser": list(JOINT), "text": TEXT, "text_2": TEXT, "text_3": T5}}
+TE = {"text": "lora_te1", "text_2": "lora_te2", "text_3": "lora_te3"}
+OF_COMFY = {"text": "text_encoders.clip_l.transformer", "text_2": "text_encoders.clip_g.transformer", "text_3": "text_encoders.t5xxl.transformer"}
+OF_OMI = {"text": "clip_l", "text_2": "clip_g", "text_3": "t5"}
+OF_DIFFUSERS = {"text": "text_encoder", "text_2": "text_encoder_2", "text_3": "text_encoder_3"}
 FOREIGN = [     # dialect, family, flat or dotted, prefixes, our names → theirs, roles
     ("diffusers", "sdxl", False, OF_DIFFUSERS | {"denoiser": "unet"}, {}, PEFT),
     ("sd-scripts, A1111", "sdxl", True, TE | {"denoiser": "lora_unet"}, XL, ROLES),
