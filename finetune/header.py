@@ -55,7 +55,8 @@ def read_header(path: str | Path) -> Header:
     if path.suffix.lower() in PICKLES:
         raise FinetuneError(
             f"{path}: is a pickle, and opening a pickle can run any code it contains\n"
-            "    get the .safetensors version, or convert it on a machine you can afford to lose"
+            "    get the .safetensors version, or convert it on a machine you can afford to lose: a model with diffusers'\n"
+            "    scripts/convert_original_stable_diffusion_to_diffusers.py --to_safetensors"
         )
     try:
         with open(path, "rb") as file:

@@ -52,8 +52,8 @@ class Altered:
         if not part or self.source.has(component):
             return self.source.tokenizer(component)
         if not ((path := self.path_of(encoder)) / component).is_dir():
-            raise FinetuneError(f"base.{part}: {path} has no {component}, and neither has the base: give the diffusers folder of a "
-                                "whole model that has both")
+            raise FinetuneError(f"base.{part}: {path} has no {component}, and neither has the base: give the diffusers folder "
+                                "of a whole model that has both")
         return locate(str(path)).tokenizer(component)
 
     def config(self, component: str) -> dict:
@@ -69,7 +69,7 @@ class Altered:
         if component or how == (None, None):
             return own
         if "prediction_type" not in own.config:
-            raise FinetuneError("base.prediction: a base on rectified flow predicts its velocity; leave prediction and zero_snr out")
+            raise FinetuneError("base.prediction: a base on rectified flow predicts its velocity; leave it and zero_snr out")
         config = _single.noised({**own.config, "_class_name": type(own).__name__}, *how)
         return getattr(diffusers, config["_class_name"]).from_config(config)
 
@@ -97,13 +97,13 @@ class Altered:
 
 
 def altered(source: Source, spec: FamilySpec, changes: Changes) -> Source | Altered:
-    """The source with these changes. Raises FinetuneError for those that the family does not know, and for parts that are missing."""
+    """The source with these changes. Raises FinetuneError for those that the family does not know, and for missing parts."""
     if changes != Changes():
         source = _changed(source, spec, changes)
     missing = [part for part, component in spec.components.items() if part != "text_3" and not source.has(component)]
     if missing:
-        raise FinetuneError(f"base.path: {source.path}: it holds no {' and no '.join(spec.components[part] for part in missing)}: give "
-                            "a whole checkpoint, or beside it "
+        lacks = " and no ".join(spec.components[part] for part in missing)
+        raise FinetuneError(f"base.path: {source.path}: it holds no {lacks}: give a whole checkpoint, or beside it "
                             + " and ".join(f"base.{part} (--{part.replace('_', '-')})" for part in missing))
     return source
 

@@ -22,8 +22,8 @@ class Clip:
 
 
 def pieces(family, caption: str) -> tuple[list[list[int]], list[int]]:
-    """The caption's tokens in pieces that CLIPs can take, one unless `long: chunk`, and those that are left over. The tokenizers
-    of a family's CLIPs differ in nothing but what they fill up with."""
+    """The caption's tokens in pieces that CLIPs can take, one unless `long: chunk`, and those that are left over. A family's
+    tokenizers of CLIPs differ in nothing but what they fill up with."""
     words = family.tokenizers["text"]
     ids = words(caption, add_special_tokens=False, verbose=False).input_ids
     ids = family.learned.spelled(ids) if family.learned else ids

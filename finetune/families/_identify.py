@@ -99,6 +99,9 @@ def identify(header: Header) -> Known:
 
 def _without_denoiser(header: Header) -> Known:
     names = header.tensors
+    if any(name.startswith("model_ema.diffusion_model") for name in names):
+        raise FinetuneError("its denoiser is there as a moving average alone (model_ema.), which is not read: get the version "
+                            "with model.diffusion_model.")
     places = {component: (kind, prefix) for component, kind, prefix in _ALONE if prefix + SIGNS[kind] in names}
     if places:
         return Known(None, None, places, notes=_notes(header, places))

@@ -92,8 +92,9 @@ def source(path: str) -> SingleFile:
         header = read_header(path)
         known = identify(header)
         if known.family is None:
+            words = [component.replace("_encoder", "") for component in known.places]
             raise FinetuneError(f"it is no base, but the {', '.join(known.places)} of one: give it beside a base, as "
-                                + ", ".join(f"base.{word} (--{word})" for word in (c.replace("_encoder", "") for c in known.places)))
+                                + ", ".join(f"base.{word} (--{word.replace('_', '-')})" for word in words))
         if known.family == "sd2" and known.prediction is None:
             known = replace(known, **_measured(path, known))
     except FinetuneError as e:

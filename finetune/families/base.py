@@ -45,8 +45,8 @@ class FamilySpec:
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """The text encoders that can be trained."""
-        return tuple(part for part in self.kohya if part != "denoiser")
+        """The text encoders that can be trained: CLIPs, and no T5."""
+        return tuple(part for part in ("text", "text_2") if part in self.components)
 
 
 CLIP_ATTENTION = ("*.self_attn.q_proj", "*.self_attn.k_proj", "*.self_attn.v_proj", "*.self_attn.out_proj")
@@ -176,8 +176,8 @@ def sketched(cls: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.Modul
 
 def load(outline: Callable, path: str, dtype: torch.dtype = torch.float32, revision: str | None = None,
          variant: str | None = None, changes: Changes = Changes()):
-    """The family over the base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is another
-    family's."""
+    """The family over the base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is
+    another family's."""
     bare = outline(path, revision, variant, changes)
     family = copy.copy(bare)        # the other holds no parts, so that those of this one go when it does
     family.parts = Parts(partial(bare.load_part, dtype=dtype), bare.kinds)
@@ -246,7 +246,8 @@ def _fetch(path: str, file: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(path, file, revision=revision))
     except (OSError, HFValidationError) as e:
-        reason = "offline, and not in the cache here" if constants.HF_HUB_OFFLINE else (str(e).strip() or type(e).__name__).splitlines()[0]
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        reason = "offline, and not in the cache here" if constants.HF_HUB_OFFLINE else why
         raise Unreachable(f"base.path: {path} is neither `tiny`, nor a folder here, nor a hub model that can be reached\n"
                             f"    hub: {reason}") from None
 

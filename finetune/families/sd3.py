@@ -112,8 +112,8 @@ class Sd3:
     def notes(self) -> tuple[str, ...]:
         """What is worth saying before a run."""
         clips = self.tokenizers["text"].model_max_length - 2
-        t5 = f"its T5 reads {LENGTH - 1} tokens of a caption, its CLIPs the first {clips} of them" if "text_3" in self.tokenizers \
-            else f"it is taken without a T5: its CLIPs read {clips} tokens of a caption"
+        t5 = f"its T5 reads {LENGTH - 1} tokens of a caption, its CLIPs the first {clips} of them" \
+            if "text_3" in self.tokenizers else f"it is taken without a T5: its CLIPs read {clips} tokens of a caption"
         return (*self.source.notes, t5)
 
     @property

@@ -74,8 +74,8 @@ class Base(BaseModel):
     text_2: Text | None = None
     """Take the second text encoder from elsewhere, likewise."""
     text_3: Text | None = None
-    """Take the T5 of sd3 from elsewhere, likewise; `none` does without it, which saves 9.5 GB in bfloat16 and leaves 75 tokens of a
-    caption."""
+    """Take the T5 of sd3 from elsewhere, likewise; `none` does without it, which saves 9.5 GB in bfloat16 and leaves 75 tokens
+    of a caption."""
     vae: Text | None = None
     """Take the VAE from elsewhere, likewise; also for a checkpoint that has none."""
     prediction: Literal["epsilon", "v_prediction", "sample"] | None = None

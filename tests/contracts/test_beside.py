@@ -1,12 +1,18 @@
 """Networks that see more than noisy latents, from recipe to picture: a LoRA of an inpainting model, and one of an upscaler."""
 
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from finetune import registry
 from finetune.cli import main
+from finetune.families.base import TINY
 
 MEMBERS = {"sd15-inpainting": ("sd1", "hole"), "x4-upscaler": ("upscaler", "small")}
 
@@ -83,3 +89,53 @@ def test_other_bases_do_not_upscale(pictures, tmp_path, capsys):
     for more, told in (([], "upscale is about an image"),
                        (["--image", str(pictures / "3.png"), "--strength", "1.0"], "strength does not go with upscale")):
         assert main([*sample, *more]) == 2 and told in capsys.readouterr().err
+
+
+def widened(shows: str, folder: Path) -> Path:
+    """The tiny base with as many more input channels, of zeros, as what it is then shown has; it was never shown anything."""
+    wide = Path(shutil.copytree(TINY, folder / shows))
+    file, more = wide / "unet" / "diffusion_pytorch_model.safetensors", {"hole": 5, "small": 3}[shows]
+    weights, config = load_file(file), {"in_channels": 4 + more}
+    first = weights["conv_in.weight"]
+    weights["conv_in.weight"] = torch.cat([first, first.new_zeros(first.shape[0], more, *first.shape[2:])], 1)
+    if shows == "small":
+        weights["class_embedding.weight"], config["num_class_embeds"] = first.new_zeros(1000, 256), 1000
+        shutil.copytree(wide / "scheduler", wide / "low_res_scheduler")
+        index = json.loads((wide / "model_index.json").read_text())
+        (wide / "model_index.json").write_text(json.dumps(index | {
+            "_class_name": "StableDiffusionUpscalePipeline", "low_res_scheduler": index["scheduler"]}))
+    save_file(weights, file, {"format": "pt"})
+    path = wide / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return wide
+
+
+@pytest.mark.slow
+def test_a_lora_learns_from_what_it_is_shown(train, tmp_path):
+    """Beside the tiny base itself under the same settings: nothing tells of squares of random colours but that they are shown."""
+    draw = np.random.default_rng(0)
+    for role, count in (("learn", 200), ("held", 16)):
+        (tmp_path / role).mkdir()
+        for i in range(count):
+            squares = Image.fromarray(draw.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            squares.resize((32, 32), Image.Resampling.NEAREST).save(tmp_path / role / f"{i}.png")
+    loss = {}
+    for shows, base, family in (("nothing", "tiny", "sd1"), ("hole", widened("hole", tmp_path), "sd1"),
+                                ("small", widened("small", tmp_path), "upscaler")):
+        recipe = tmp_path / f"{shows}.yaml"
+        recipe.write_text(f"""
+base: {{family: {family}, path: {base}}}
+data: {{images: "{tmp_path}/learn", resolution: 32, caption: {{template: coloured squares, dropout: 0.1}},
+       inpaint: {"{whole: 0.1}" if shows == "hole" else "null"}, validation: {{images: "{tmp_path}/held"}}}}
+method: {{kind: lora, rank: 16, alpha: 16, targets: [all, conv, conv_in]}}
+objective: {{weighting: {{kind: min_snr, gamma: 5}}}}
+train: {{max_steps: 150, batch_size: 8, learning_rate: 2e-3, schedule: cosine, warmup_steps: 10, threads: 1}}
+every: {{validate: 150, checkpoint: 0}}
+export: [diffusers]
+""")
+        assert train(recipe, tmp_path / f"run-{shows}") == 0
+        rows = map(json.loads, (tmp_path / f"run-{shows}" / "metrics.jsonl").read_text().splitlines())
+        loss[shows] = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    print(loss)
+    assert loss["nothing"][-1] < 0.5 * loss["nothing"][0] and abs(loss["hole"][0] / loss["nothing"][0] - 1) < 1e-4
+    assert loss["hole"][-1] < 0.9 * loss["nothing"][-1] and loss["small"][-1] < 0.9 * loss["nothing"][-1]

@@ -259,6 +259,8 @@ UNET = "model__diffusion_model__"
     (header_of(**{UNET + "input_blocks__0__0__weight": (8, 8, 3, 3)}), "variant of sd1 with 8 input channels"),
     (header_of(edm_mean=(4,), **{UNET + "input_blocks__0__0__weight": (8, 4, 3, 3)}), "EDM"),
     (header_of(text_encoders__t5xxl__transformer__scaled_fp8=(0,)), "quantized"),
+    (header_of(model_ema__diffusion_modelout0bias=(1,), first_stage_model__decoder__up__0__block__0__conv1__weight=(1,)),
+     "moving average alone"),
     (header_of(some__weight=(1,)), "no part of a model in the original naming; its keys: 'some.weight'"),
 ])
 def test_what_is_no_checkpoint_is_named(header, said):
