@@ -23,10 +23,11 @@ def run(args) -> int:
     elif not rows:
         print("no runs in runs/")
     for row in rows if not args.json else []:
-        loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-        left = "" if row["seconds_left"] is None else f"   {clock(row['seconds_left'])} left"
-        print(f"{row['run']:<24} {row['state']:<10} step {row['step']} of {row['max_steps']}   loss {loss}   "
-              f"{row['images_per_second'] or '-'} img/s{left}")
+        name, speed = row["run"] if len(row["run"]) <= 22 else f"…{row['run'][-21:]}", row["images_per_second"]
+        words = [f"{name:<22} {row['state']:<8} {row['step']}/{row['max_steps']}",
+                 *([] if row["loss"] is None else [f"loss {row['loss']:.4f}"]), *([f"{speed:.3g} img/s"] if speed else []),
+                 *([] if row["seconds_left"] is None else [f"{clock(row['seconds_left'])} left"])]
+        print("  ".join(words))
     return 0
 
 

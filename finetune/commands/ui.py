@@ -1,4 +1,4 @@
-"""Open a page in this machine's browser: runs live, adapters to try, recipes to start."""
+"""Open a page in the browser, on this machine alone: live runs, adapters to try, recipes."""
 
 import os
 

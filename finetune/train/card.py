@@ -70,8 +70,9 @@ def write(run: Path, out: Path, to: str, licence: str) -> list[Path]:
 
 def text(run: Path, recipe: Recipe, proof: dict, to: str, licence: str, pictured: bool) -> str:
     """The card: what the hub reads, then what people read."""
-    calls = [word for word in (recipe.data.caption.trigger, *(token for method in recipe.method if method.kind == "embedding"
-                                                              for token in method.tokens)) if word]
+    templates = [re.sub(r"\{\w*\}", "", choice.template).strip(" ,") for choice in recipe.data.caption.template]
+    calls = [word for word in dict.fromkeys([recipe.data.caption.trigger, *templates, *(
+        token for method in recipe.method if method.kind == "embedding" for token in method.tokens)]) if word]
     kinds, base = [method.kind for method in recipe.method], hub_id(recipe.base.path)
     head = ModelCardData(license=licence, base_model=base, library_name="diffusers", pipeline_tag="text-to-image",
                          tags=["finetune", recipe.base.family, *kinds], instance_prompt=", ".join(calls) or None)
@@ -98,7 +99,9 @@ def hub_id(path: str) -> str | None:
 
 def told(recipe: Recipe) -> dict:
     """The recipe without its defaults, and with the names alone of folders and files."""
-    whole = public(named(recipe.model_dump(mode="json", exclude_defaults=True)))
+    whole = {word: {key: value for key, value in words.items() if value != {}} if isinstance(words, dict) else words
+             for word, words in public(named(recipe.model_dump(mode="json", exclude_defaults=True))).items()}
+    whole = {word: words for word, words in whole.items() if words}
     return whole | {"base": whole["base"] | {"path": hub_id(recipe.base.path) or whole["base"]["path"]}}
 
 
