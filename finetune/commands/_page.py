@@ -129,7 +129,7 @@ def runs_tab(shown: gr.Blocks, started: Started, said: gr.Textbox) -> None:
     gr.on([shown.load, chosen.input, gr.Timer(SECONDS).tick], look, [chosen, step, seen],
           [table, chosen, curves, step, previews, seen, said], show_progress="hidden")
     step.input(lambda chosen, step: sheets(map(Path, chosen), step), [chosen, step], previews, show_progress="hidden")
-    halt.click(told(lambda chosen: stop.run(Namespace(run=one(chosen), wait=60)) and None), chosen)
+    halt.click(told(end), chosen)
     go_on.click(told(lambda chosen: resume(started, one(chosen))), chosen)
     whole.click(told(whole_report), chosen, written)
 
@@ -187,6 +187,10 @@ def one(chosen: list[str]) -> Path:
     if len(chosen) != 1:
         raise FinetuneError(f"{len(chosen)} runs are chosen: choose the one that is meant")
     return Path(chosen[0])
+
+
+def end(chosen: list[str]) -> None:
+    stop.run(Namespace(run=one(chosen), wait=60))
 
 
 def resume(started: Started, folder: Path) -> None:
@@ -270,9 +274,8 @@ def train_tab(started: Started) -> None:
     recipe = gr.Dropdown(recipes(), value=None, label="Recipe", allow_custom_value=True)
     text = gr.Code(language="yaml", label="Recipe", interactive=False, visible=False)
     settings = gr.Textbox(label="Settings", info="a field in each line", placeholder="train.learning_rate=3e-4", lines=2)
-    with gr.Row():
-        folder = gr.Textbox(label="Run folder", placeholder="runs/NAME of the recipe", min_width=280)
-        fresh = gr.Checkbox(label="Move a run that is there aside, and start anew", min_width=280)
+    folder = gr.Textbox(label="Run folder", placeholder="runs/NAME of the recipe")
+    fresh = gr.Checkbox(label="Move a run that is there aside, and start anew")
     with gr.Row():
         check, start = gr.Button("Check the data"), gr.Button("Start or continue", variant="primary")
 
