@@ -144,10 +144,11 @@ def refresh(chosen: list[str], step: float, seen: dict) -> list:
     steps = sorted({step for folder in folders for step in report.previews(folder)})
     if steps and (step not in steps or [step] == seen.get("steps", [step])[-1:]):
         step = steps[-1]
-    ends = {"minimum": steps[0], "maximum": steps[-1], "step": math.gcd(*(s - steps[0] for s in steps)) or 1} if steps else {}
+    ends = {"minimum": steps[0], "maximum": steps[-1], "step": math.gcd(*(s - steps[0] for s in steps)), "value": step} \
+        if len(steps) > 1 else {}
     marks = [(folder, step, len(report.previews(folder))) for folder in folders]
     now = {"table": scoped(TABLE.render(rows=rows, clock=status.clock)), "chosen": gr.update(choices=names, value=chosen),
-           "curves": curves_of(folders), "step": gr.update(value=step, visible=len(steps) > 1, **ends),
+           "curves": curves_of(folders), "step": gr.update(visible=bool(ends), **ends),
            "previews": seen["previews"] if marks == seen.get("marks") else sheets(folders, step)}
     return [*(new if new != seen.get(key) else gr.skip() for key, new in now.items()),
             now | {"running": running, "steps": steps, "marks": marks}]
