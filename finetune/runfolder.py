@@ -83,7 +83,7 @@ class RunFolder:
             raise FinetuneError(f"{self.root} holds files, but no run of ours (no run.json): choose another folder with --run")
 
     def logged(self) -> list[dict]:
-        """The lines of metrics.jsonl; without the last where it is written just now. Raises FinetuneError for a damaged one."""
+        """The lines of metrics.jsonl, without the last if it is being written. Raises FinetuneError for a damaged one."""
         lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
         try:
             return [json.loads(line) for line in lines if line.endswith(b"\n")]

@@ -200,8 +200,9 @@ def served(place: Path):
 def refuses(address: str) -> None:
     """What another site in the same browser could send, and files that are nobody's business."""
     for path, headers in (("", {"Host": "evil.example:7860"}), ("", {"Origin": "http://evil.example"}),
-                          ("", {"Origin": "null"}), ("", {"Sec-Fetch-Site": "cross-site"}), ("gradio_api/file=/etc/passwd", {}),
-                          ("gradio_api/file=small.yaml", {}), ("gradio_api/file=runs/plain/recipe.yaml", {})):
+                          ("", {"Origin": "null"}), ("", {"Sec-Fetch-Site": "cross-site"}),
+                          ("gradio_api/file=/etc/passwd", {}), ("gradio_api/file=small.yaml", {}),
+                          ("gradio_api/file=runs/plain/recipe.yaml", {})):
         try:
             urllib.request.urlopen(urllib.request.Request(address + path, headers=headers))
         except urllib.error.HTTPError as error:

@@ -34,7 +34,8 @@ CSS = """.gradio-container { width: 100%; max-width: 1120px !important; margin: 
 .finetune .bar i { background: var(--s0); } .finetune img { width: 100%; max-width: 640px; border-radius: 8px; }
 iframe.report { width: 100%; height: 85vh; border: 0; border-radius: 12px; }"""
 TABLE = jinja2.Environment(autoescape=True).from_string("""
-{% if rows %}<div class="card wide runs"><table><tr><th>run</th><th>step</th><th>loss</th><th>left</th></tr>{% for row in rows %}
+{% if rows %}<div class="card wide runs"><table><tr><th>run</th><th>step</th><th>loss</th><th>left</th></tr>
+{% for row in rows %}
 <tr><td>{{ row.run }}<div class="{{ "bad" if row.trouble else "soft" }}">{{ row.trouble or row.state }}</div></td>
 {% if not row.trouble %}<td>{{ row.step }} of {{ row.max_steps }}
 <div class="bar"><i style="width: {{ 100 * row.step / row.max_steps }}%"></i></div></td>
@@ -128,7 +129,7 @@ def runs_tab(shown: gr.Blocks, started: Started, said: gr.Textbox) -> None:
     gr.on([shown.load, chosen.input, gr.Timer(SECONDS).tick], look, [chosen, step, seen],
           [table, chosen, curves, step, previews, seen, said], show_progress="hidden")
     step.input(lambda chosen, step: sheets(map(Path, chosen), step), [chosen, step], previews, show_progress="hidden")
-    halt.click(told(lambda chosen: stop.run(Namespace(run=one(chosen), wait=60)) and None), chosen)
+    halt.click(told(end), chosen)
     go_on.click(told(lambda chosen: resume(started, one(chosen))), chosen)
     whole.click(told(whole_report), chosen, written)
 
@@ -143,12 +144,14 @@ def refresh(chosen: list[str], step: float, seen: dict) -> list:
     steps = sorted({step for folder in folders for step in report.previews(folder)})
     if steps and (step not in steps or [step] == seen.get("steps", [step])[-1:]):
         step = steps[-1]
-    ends = {"minimum": steps[0], "maximum": steps[-1], "step": math.gcd(*(known - steps[0] for known in steps)) or 1} if steps else {}
-    now = {"table": scoped(TABLE.render(rows=rows, clock=status.clock)), "chosen": (names, chosen), "curves": curves_of(folders),
-           "steps": steps, "previews": [(folder, step, len(report.previews(folder))) for folder in folders], "running": running}
-    shown = {"table": lambda: now["table"], "chosen": lambda: gr.update(choices=names, value=chosen), "curves": lambda: now["curves"],
-             "steps": lambda: gr.update(value=step, visible=len(steps) > 1, **ends), "previews": lambda: sheets(folders, step)}
-    return [*(new() if now[key] != seen.get(key) else gr.skip() for key, new in shown.items()), now]
+    ends = {"minimum": steps[0], "maximum": steps[-1], "step": math.gcd(*(s - steps[0] for s in steps)), "value": step} \
+        if len(steps) > 1 else {}
+    marks = [(folder, step, len(report.previews(folder))) for folder in folders]
+    now = {"table": scoped(TABLE.render(rows=rows, clock=status.clock)), "chosen": gr.update(choices=names, value=chosen),
+           "curves": curves_of(folders), "step": gr.update(visible=bool(ends), **ends),
+           "previews": seen["previews"] if marks == seen.get("marks") else sheets(folders, step)}
+    return [*(new if new != seen.get(key) else gr.skip() for key, new in now.items()),
+            now | {"running": running, "steps": steps, "marks": marks}]
 
 
 def row(folder: Path) -> dict:
@@ -187,6 +190,10 @@ def one(chosen: list[str]) -> Path:
     return Path(chosen[0])
 
 
+def end(chosen: list[str]) -> None:
+    stop.run(Namespace(run=one(chosen), wait=60))
+
+
 def resume(started: Started, folder: Path) -> None:
     """The same command again."""
     last = RunFolder(folder, folder.name).last_owner()
@@ -204,7 +211,7 @@ def whole_report(chosen: list[str]) -> str:
 
 def try_tab(tab: gr.Tab, base: Base) -> None:
     with gr.Row():
-        first = gr.Dropdown([], label="Adapter", info="of a run, or the path of a file", allow_custom_value=True, min_width=300)
+        first = gr.Dropdown([], label="Adapter", info="of a run, or a path", allow_custom_value=True, min_width=300)
         strength = gr.Slider(-1, 2, 1, step=0.05, label="Strength")
     with gr.Row():
         second = gr.Dropdown([], label="Another", info="to compare, or none", allow_custom_value=True, min_width=300)
@@ -218,8 +225,8 @@ def try_tab(tab: gr.Tab, base: Base) -> None:
         guidance = gr.Slider(0, 20, 5, step=0.5, label="Guidance")
     go = gr.Button("Sample", variant="primary")
     with gr.Row():
-        shown = [gr.Image(label=name, format="png", interactive=False, buttons=["download", "fullscreen"], elem_classes="sampled",
-                          visible=False) for name in ("Base", "Adapter", "Another")]
+        shown = [gr.Image(visible=False, format="png", interactive=False, buttons=["download", "fullscreen"],
+                          elem_classes="sampled") for _ in range(3)]
 
     tab.select(choices, None, [first, second, recipe], show_progress="hidden")
     first.input(run_of, first, recipe, show_progress="hidden")
@@ -267,10 +274,9 @@ def paint(base: Base, recipe: str, first: str, second: str, strength: float, oth
 def train_tab(started: Started) -> None:
     recipe = gr.Dropdown(recipes(), value=None, label="Recipe", allow_custom_value=True)
     text = gr.Code(language="yaml", label="Recipe", interactive=False, visible=False)
-    settings = gr.Textbox(label="Settings", lines=2, placeholder="train.learning_rate=3e-4", info="each line a field of the recipe")
-    with gr.Row():
-        folder = gr.Textbox(label="Run folder", placeholder="runs/NAME of the recipe", min_width=280)
-        fresh = gr.Checkbox(label="Move a run that is there aside, and start anew", min_width=280)
+    settings = gr.Textbox(label="Settings", info="a field in each line", placeholder="train.learning_rate=3e-4", lines=2)
+    folder = gr.Textbox(label="Run folder", placeholder="runs/NAME of the recipe")
+    fresh = gr.Checkbox(label="Move a run that is there aside, and start anew")
     with gr.Row():
         check, start = gr.Button("Check the data"), gr.Button("Start or continue", variant="primary")
 

@@ -54,13 +54,14 @@ def test_it_samples_as_the_command_does_and_shows_runs_as_they_are(recipe, tmp_p
     _, adapters, bases = _page.choices()
     [adapter] = adapters["choices"][1:]
     words = ("a red circle", "blue", 7, 2, 3.0)
-    base = _page.run_of(adapter[0])
-    shown = _page.paint(_page.Base(), base, adapter[0], "", 0.5, 1, *words)
-    assert main(["sample", "--base", "tiny", "--adapter", f"{adapter[0]}:0.5", "--strengths", "0,1", "--prompt", words[0],
-                 "--negative", words[1], "--seed", "7", "--steps", "2", "--guidance", "3", "--batch", "1", "--out", "out"]) == 0
+    base = _page.run_of(adapter)
+    shown = _page.paint(_page.Base(), base, adapter, "", 0.5, 1, *words)
+    assert main(["sample", "--base", "tiny", "--adapter", f"{adapter}:0.5", "--strengths", "0,1", "--prompt", words[0],
+                 "--negative", words[1], "--seed", "7", "--steps", "2", "--guidance", "3", "--batch", "1",
+                 "--out", "out"]) == 0
     for update, factor in zip(shown, ("0", "1")):
         assert np.array_equal(update["value"], Image.open(tmp_path / "out" / f"0000-seed7-strength{factor}.png"))
-    assert shown[2]["visible"] is False and base in [value for _, value in bases["choices"]]
+    assert shown[2]["visible"] is False and base in bases["choices"]
 
     table, chosen, curves, *_, seen = _page.refresh([], 0, {})
     assert "&lt;b&gt;run" in table and "<b>run" not in table + curves and "damaged" in table
