@@ -48,7 +48,7 @@ def into_base(args, adapters: list[tuple[Path, float]]) -> int:
     # In float32, whatever is written: rounded once, at the end.
     family = _base.load(args, torch.float32)
     loaded = [(formats.load(path, family.spec), strength) for path, strength in adapters]
-    if any(families.misfits(family.parts, artifact) for artifact, _ in loaded):
+    if any(artifact.kind == "control" or families.misfits(family.parts, artifact) for artifact, _ in loaded):
         families.merge(family.parts, loaded)        # says all that does not fit
     overflow, pieces = [], by_module(loaded)
     # Module by module, because all at once would need the model three times, as it was and the sums; and part by part, because

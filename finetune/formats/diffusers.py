@@ -13,7 +13,7 @@ from finetune.families._vae import is_vae
 from finetune.formats import _tokens
 from finetune.formats._modules import ROLES
 from finetune.formats.base import (
-    DIFFUSERS_METADATA, Place, bare_vae, common_metadata, gather, number, peft_configs, rank_and_alpha, whole_vae,
+    CONTROL, DIFFUSERS_METADATA, Place, bare, common_metadata, gather, number, peft_configs, rank_and_alpha, whole_part,
 )
 
 if TYPE_CHECKING:  # both cost an import of torch
@@ -21,8 +21,9 @@ if TYPE_CHECKING:  # both cost an import of torch
 
     from finetune.families.base import FamilySpec
 
-# Its loader refuses LoHa, LoKr, OFT and differences, and drops a dora_scale; `full` is a folder, see train/export.py.
-KINDS = ("lora", "vae", "full", "embedding")
+# Its loader refuses LoHa, LoKr, OFT and differences, and drops a dora_scale; `full` is a folder, see train/export.py, and so
+# is a control branch, whose weights are one file in it.
+KINDS = ("lora", "vae", "full", "embedding", "control")
 WRITTEN = {"lora_A": ".lora_A.weight", "lora_B": ".lora_B.weight"}
 # The first is what we write; diffusers' own scripts also write the others. What it would not load is read all the same.
 SUFFIXES = {f".{role}": role for role in ROLES if role not in WRITTEN} | {
@@ -32,16 +33,18 @@ SUFFIXES = {f".{role}": role for role in ROLES if role not in WRITTEN} | {
 
 
 def reads(header: Header) -> bool:
-    """True for a header with diffusers' names, of a LoRA or a VAE, or a token under its name."""
+    """True for a header with diffusers' names, of a LoRA, a VAE or a control branch, or a token under its name."""
     start = re.compile(r"(unet|transformer|text_encoder(_\d)?)\.")
     lora = any(start.match(name) and name.endswith(tuple(SUFFIXES)) for name in header.tensors)
-    return lora or is_vae(header.tensors, ldm=False) or _tokens.is_named(_tokens.shapes(header))
+    return lora or CONTROL in header.tensors or is_vae(header.tensors, ldm=False) or _tokens.is_named(_tokens.shapes(header))
 
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
     """Scales come from `lora_adapter_metadata`; without it they are 1. FinetuneError as in `gather`."""
     if is_vae(tensors, ldm=False):
-        return whole_vae(tensors, metadata, spec)
+        return whole_part("vae", tensors, metadata, spec)
+    if CONTROL in tensors:
+        return whole_part("control", tensors, metadata, spec)
     if _tokens.is_named({name: t.shape for name, t in tensors.items()}):
         return _tokens.decode(tensors, metadata, spec)
     parts = {component: part for part, component in spec.components.items()}
@@ -68,8 +71,8 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: Fam
 def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata): the alpha goes into `lora_adapter_metadata`, where diffusers looks for it."""
     assert artifact.kind != "full", "a whole model is saved by its family"
-    if artifact.kind == "vae":
-        return bare_vae(artifact), common_metadata(artifact)
+    if artifact.kind in ("vae", "control"):
+        return bare(artifact), common_metadata(artifact)
     if artifact.kind == "embedding":
         return _tokens.encode(artifact, spec, named=True), common_metadata(artifact)
     folded = fold_alpha(artifact.tensors)

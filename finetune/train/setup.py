@@ -102,7 +102,8 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     loader = Loader(base.streams, train.batch_size, train.gradient_accumulation, accelerator.process_index,
                     accelerator.num_processes, recipe.data.workers)
     if train.gradient_checkpointing:
-        family.parts["denoiser" if method.objective == "denoise" else "vae"].enable_gradient_checkpointing()
+        for part in {"denoiser" if method.objective == "denoise" else "vae"} | {*method.trains} & {"control"}:
+            family.parts[part].enable_gradient_checkpointing()
     objective = registry.find("objectives", recipe.objective.kind).build(
         **recipe.objective.model_dump(exclude={"kind"}, exclude_none=True), step_size=base.streams[0].order.size)
     parameters = method.parameters()
