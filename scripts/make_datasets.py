@@ -191,11 +191,16 @@ def laid_out(rng: random.Random, i: int) -> world.Scene:
     return replace(scene, things=(replace(scene.things[0], x=x, y=y, radius=radius, angle=0.0),))
 
 
+def box(scene: world.Scene) -> tuple[int, ...]:
+    """Left, top, right and bottom of its first thing, in pixels."""
+    xs, ys = zip(*world.polygon(scene.things[0]))
+    return tuple(round(side / world.OVERSAMPLE) for side in (min(xs), min(ys), max(xs), max(ys)))
+
+
 def boxed(scene: world.Scene) -> Image.Image:
-    """The box of each thing in its colour, on black."""
+    """The box of the thing in its colour, on black."""
     image = Image.new("RGB", (world.SIZE, world.SIZE))
-    for thing in scene.things:
-        ImageDraw.Draw(image).rectangle([round(side) for side in world.box(thing)], world.COLOURS[thing.colour])
+    ImageDraw.Draw(image).rectangle(box(scene), world.COLOURS[scene.things[0].colour])
     return image
 
 

@@ -134,12 +134,6 @@ def mask(thing: Thing) -> Image.Image:
     return image
 
 
-def box(thing: Thing) -> tuple[float, ...]:
-    """Left, top, right and bottom of the thing, in pixels of the 64 × 64 picture."""
-    xs, ys = zip(*polygon(thing))
-    return min(xs) / OVERSAMPLE, min(ys) / OVERSAMPLE, max(xs) / OVERSAMPLE, max(ys) / OVERSAMPLE
-
-
 def ground_colour(scene: Scene) -> tuple[int, ...]:
     return tuple(max(0, min(255, c + s)) for c, s in zip(BACKGROUNDS[scene.background], scene.shade))
 

@@ -46,7 +46,7 @@ def misfits(unet: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
 
 @contextmanager
 def added(family, branches: list[tuple[Mapping[str, Tensor], float]]) -> Iterator[None]:
-    """Inside, the family has this branch, which counts so often; one of several cannot be told what it is to follow."""
+    """Inside, the family has this branch, if there is one, at its strength. Raises FinetuneError for several."""
     if len(branches) > 1:
         raise FinetuneError("one control branch can be followed at a time; name one of them")
     before = {"control": family.parts["control"]} if "control" in family.parts else {}
