@@ -7,7 +7,7 @@ import json
 import os
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,12 +40,13 @@ class Artifact:
         loha            hada_w1_a, hada_w2_a (out, r) · hada_w1_b, hada_w2_b (r, in·kh·kw) · alpha ()
         lokr            lokr_w1 (a, c) · lokr_w2 (b, d[, kh, kw]) · alpha (), which is 1
         oft             oft_blocks (k, n, n) · alpha (), which is 0: unconstrained
-        difference      diff, in the shape of the weight
+        difference      diff, in the shape of the weight: of a layer, or of a norm
         embedding       embedding (n, width), with no path between part and role: the vectors of a learned token
         full, vae       weight, bias: not a change but what the base's become; part of vae is "vae"
         control         weight, bias: those of a branch beside the base, whose part is "control"
 
-    A file of others may mix them, from module to module, and may have a dora_scale beside any of them.
+    A file of others may mix them, from module to module, and may have beside any of them a dora_scale, and a diff_b: the
+    difference of its bias.
     """
 
     kind: str
@@ -105,10 +106,8 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     for key, value in metadata.items():
         assert isinstance(value, str), f"metadata {key!r} must be text, got {type(value).__name__}"
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    # Wide elements first, as the library does, so that every tensor is aligned to its own element size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     offset = 0
-    for name in order:
+    for name in _order(tensors):
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
         dtype = DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")]
@@ -123,8 +122,8 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
         try:
             with open(staged, "wb") as file:
                 file.write(struct.pack("<Q", len(text)) + text)
-                for name in order:
-                    file.write(_bytes(tensors[name]))
+                for data in data_of(tensors):
+                    file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(staged, path)
@@ -140,11 +139,18 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
         ) from error
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def data_of(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """What a file of these tensors holds behind its header, one tensor after the other."""
     import torch
 
-    # Through uint8, because numpy has no bfloat16; flattened first, because a 0-dim tensor has no other view.
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    for name in _order(tensors):
+        # Through uint8, because numpy has no bfloat16; flattened first, because a 0-dim tensor has no other view.
+        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Wide elements first, as the library does, so that every tensor is aligned to its own element size."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 def _sync_folder(folder: Path) -> None:

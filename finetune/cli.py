@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 
 from finetune import __version__, registry
 from finetune.errors import FinetuneError
@@ -48,7 +49,10 @@ def _run(arguments: list[str]) -> int:
     of_command = argparse.ArgumentParser(
         prog=f"finetune {chosen.command}", description=registry.summary("commands", chosen.command))
     command.add_arguments(of_command)
-    return command.run(of_command.parse_args(chosen.arguments))
+    of_command.add_argument("--quiet", action="store_true", help="say nothing on the way: no bars, no notes, only errors and results")
+    words = of_command.parse_args(chosen.arguments)
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere) if words.quiet else nullcontext():
+        return command.run(words)
 
 
 def _commands() -> str:

@@ -1,6 +1,9 @@
 """What the machine can do: the only file that asks about CUDA."""
 
+import ctypes
 import os
+import sys
+import time
 from contextlib import nullcontext
 
 import psutil
@@ -9,6 +12,7 @@ import torch
 from finetune.errors import FinetuneError
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4       # malloc.h
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -40,6 +44,18 @@ def exact(like: torch.Tensor):
     return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
+def set_deterministic(on: bool, device: torch.device) -> None:
+    """Allow a GPU nothing but kernels that give the same bits every time; an operation that has none raises RuntimeError. A
+    CPU is left alone: there they all do.
+
+    Torch's flash and memory-efficient attention then take their deterministic way back, and cuDNN's, which has none, is not
+    chosen (sdp_utils.cpp, attention_backward.cu). cuBLAS reads its variable once, before its first product."""
+    if device.type == "cuda":
+        if on:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(on)
+
+
 def memory_mb(device: torch.device) -> int:
     """Peak memory of the device so far; on the CPU the resident memory of the process."""
     used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
@@ -49,6 +65,28 @@ def memory_mb(device: torch.device) -> int:
 def memory_bytes() -> int:
     """What there is to fit in: the GPU's memory, or the machine's."""
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else psutil.virtual_memory().total
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """The best of ten products of square matrices, in operations per second: what nothing on this machine is faster than."""
+    where, best_rate = best(), 0.0
+    size = 8192 if where.type == "cuda" else 2048
+    a = torch.randn(size, size, device=where, dtype=dtype)
+    for _ in range(10):
+        begin = time.perf_counter()
+        a @ a
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        best_rate = max(best_rate, 2 * size**3 / (time.perf_counter() - begin))
+    return best_rate
+
+
+def keep_memory() -> None:
+    """Have the C library keep freed memory for the next step. glibc by default gives every large block back to the system,
+    which clears it page by page when it is wanted again: a fifth of a step at SD 1.5's size (docs/performance.md)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+        for setting, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            libc.mallopt(setting, value)
 
 
 def set_threads(threads: int | None) -> int:

@@ -11,6 +11,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -81,16 +82,26 @@ class RunFolder:
         if strange:
             raise FinetuneError(f"{self.root} holds files, but no run of ours (no run.json): choose another folder with --run")
 
-    def lock(self) -> None:
-        """Hold the folder until this process ends, however it ends. Raises FinetuneError when another process holds it."""
+    def logged(self) -> list[dict]:
+        """The lines of metrics.jsonl; without the last where it is written just now. Raises FinetuneError for a damaged one."""
+        lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
+        try:
+            return [json.loads(line) for line in lines if line.endswith(b"\n")]
+        except ValueError as e:
+            raise FinetuneError(f"{self.metrics} is damaged: {e}; training on mends it") from None
+
+    def lock(self, words: Sequence[str] = ()) -> None:
+        """Hold the folder until this process ends, however it ends; `words` of the command line would continue its run.
+        Raises FinetuneError when another process holds it."""
         try:
             self.root.parent.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self._beside("lock"))
             self._lock.acquire(timeout=0.5)     # `finetune status` holds it for a moment
             write_json(self._beside("owner"), {"pid": os.getpid(), "host": socket.gethostname(),
-                                               "started": time.strftime("%Y-%m-%d %H:%M:%S")})
+                                               "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+                                               "words": list(words), "working_folder": os.getcwd()})
         except Timeout:
-            who = self.owner() or {}
+            who = self.last_owner()
             raise FinetuneError(f"{self.root} is in use by process {who.get('pid', '?')} on {who.get('host', '?')}, started "
                                 f"{who.get('started', '?')}; wait for it, stop it (finetune stop), or start beside it with "
                                 "--run DIR") from None
@@ -98,7 +109,7 @@ class RunFolder:
             raise self._unwritable(e) from None
 
     def owner(self) -> dict | None:
-        """Who holds the folder: pid, host, started. None when nobody does, whatever an ended process left lying."""
+        """Who holds the folder, as `last_owner` says. None when nobody does, whatever an ended process left lying."""
         lock = FileLock(self._beside("lock"))
         try:
             if not self._beside("lock").exists():
@@ -107,8 +118,12 @@ class RunFolder:
             lock.release()
             return None
         except Timeout:
-            owner = self._beside("owner")
-            return json.loads(owner.read_text(encoding="utf-8")) if owner.exists() else None
+            return self.last_owner() or None
+
+    def last_owner(self) -> dict:
+        """Who held the folder last: pid, host, started, words, working_folder. Empty when nobody did."""
+        owner = self._beside("owner")
+        return json.loads(owner.read_text(encoding="utf-8")) if owner.exists() else {}
 
     def _beside(self, kind: str) -> Path:
         """Beside the folder, not in it: the folder may be moved aside. One place whatever link it is reached by."""

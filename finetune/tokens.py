@@ -145,7 +145,7 @@ def hidden(family) -> Iterator[None]:
 def misfits(family_parts: Mapping[str, nn.Module], rows: Mapping[str, Tensor]) -> list[str]:
     """The parts whose vectors these encoders cannot take."""
     wanted = {part: module.get_input_embeddings().weight.shape[1] for part, module in family_parts.items()
-              if part.startswith("text")}
+              if part in ("text", "text_2")}
     found = {part: t.shape[-1] for part, t in rows.items()}
     return [f"{part}: vectors of {found.get(part, 'no')} numbers, but the base has {wanted.get(part, 'no such encoder')}"
             for part in sorted(wanted.keys() | found.keys()) if wanted.get(part) != found.get(part)]

@@ -201,8 +201,10 @@ def measured(recipe: str, folder: str, overrides: list[str]) -> dict:
     import psutil
     import torch
 
+    from finetune import device
     from finetune.cli import main as finetune
     from finetune.train import ground, loop
+    from finetune.train.plan import counter
 
     found, entries, inside, cuda = {"cache_seconds": 0.0}, [], [], torch.cuda.is_available()
     settings = json.loads(Path(recipe).read_text(encoding="utf-8"))
@@ -245,7 +247,8 @@ def measured(recipe: str, folder: str, overrides: list[str]) -> dict:
         torch.cuda.synchronize()
     between = [a.elapsed_time(b) / 1000 if cuda else b - a for a, b in zip(entries, entries[1:])][DROPPED:]
     outside = [1 - within / whole for within, whole in zip(inside[DROPPED:], between)]
-    ceiling, seconds = product(settings["train"].get("mixed_precision") == "bf16"), statistics.median(between)
+    half = torch.bfloat16 if settings["train"].get("mixed_precision") == "bf16" else torch.float32
+    ceiling, seconds = device.product_rate(half) / 1e12, statistics.median(between)
     return found | {"seconds": seconds, "all_seconds": between, "images": batch / seconds, "outside": None if cuda else statistics.median(outside),
                     "tflops": found["flops"] / seconds / 1e12, "ceiling_tflops": ceiling, "share": found["flops"] / seconds / 1e12 / ceiling,
                     "device": torch.cuda.get_device_name() if cuda else "cpu", "threads": torch.get_num_threads()}
@@ -270,34 +273,6 @@ def watch(run, inside: list[float], found: dict) -> None:
         ended()
 
     run.accelerator.backward = watched
-
-
-def counter():
-    """torch's counter, with the attention of the CPU, which it does not know."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-    aten = torch.ops.aten
-    return FlopCounterMode(display=False, custom_mapping={
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)})
-
-
-def product(half: bool) -> float:
-    """The best of ten square matrix products, in TFLOP/s."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    size = 8192 if cuda else 2048
-    a = torch.randn(size, size, device="cuda" if cuda else "cpu", dtype=torch.bfloat16 if half else torch.float32)
-    best = float("inf")
-    for _ in range(10):
-        begin = time.perf_counter()
-        a @ a
-        if cuda:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best / 1e12
 
 
 if __name__ == "__main__":

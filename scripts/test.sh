@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the test extra and runs the tests; arguments go to pytest.
+# Installs the test extra and runs the tests, a file at a time in each of up to four processes; arguments go to pytest.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
-exec python -m pytest "$@"
+OMP_NUM_THREADS=1 exec python -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"

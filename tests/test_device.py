@@ -78,3 +78,14 @@ def test_a_wished_number_of_threads_is_kept(threads):
 
 def test_memory_of_the_process_is_told_in_mebibytes():
     assert device.memory_mb(CPU) == pytest.approx(psutil.Process().memory_info().rss / 2**20, rel=0.2)
+
+
+def test_deterministic_kernels_are_asked_of_a_gpu_alone(monkeypatch):
+    asked = []
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "own")
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    device.set_deterministic(True, CPU)
+    device.set_deterministic(False, CUDA)
+    assert asked == [False] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == "own"
+    device.set_deterministic(True, CUDA)
+    assert asked == [False, True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-PARTS = "denoiser", "text", "text_2", "vae"
+PARTS = "denoiser", "text", "text_2", "text_3", "vae"
 
 
 def add_arguments(parser, without: str = "") -> None:
@@ -11,12 +11,15 @@ def add_arguments(parser, without: str = "") -> None:
     parser.add_argument("--family", default="sd1")
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--variant", help="of the weight files, such as fp16")
+    parser.add_argument("--prediction", choices=("epsilon", "v_prediction", "sample"),
+                        help="what the base predicts, where it says so wrong or not at all")
+    parser.add_argument("--zero-snr", action="store_true", default=None, help="its noising ends without any signal, likewise")
     parts_arguments(parser)
 
 
 def parts_arguments(parser) -> None:
     parts = parser.add_argument_group("parts of the base from elsewhere", "Each a diffusers folder, of a model or of the part "
-                                      "alone, or a .safetensors file.")
+                                      "alone, or a .safetensors file; --text-3 none leaves the T5 of sd3 out.")
     for part in PARTS:
         parts.add_argument(f"--{part.replace('_', '-')}", metavar="PATH")
 
@@ -37,7 +40,7 @@ def changes(args):
     parts = {part: path for part in PARTS if (path := getattr(args, part))}
     if not args.base and (parts or skip > 1):
         raise FinetuneError(f"--{next(iter(parts), 'clip-skip').replace('_', '-')}: is of a base, and there is none; give --base")
-    return Changes(parts, skip)
+    return Changes(parts, skip, prediction=getattr(args, "prediction", None), zero_snr=getattr(args, "zero_snr", None))
 
 
 def dtype(name: str):

@@ -93,6 +93,9 @@ def summed(adapters: list[tuple[Path, Artifact, float]], size: Cut | None) -> di
                 why = f"has {dependent[0]}: what it changes" if dependent else "is a LoHa: the kernel of its weight"
                 raise FinetuneError(f"{path}: {stem} {why} depends on the base\n    merge it into the base and take "
                                     "the difference: finetune merge --base B --dtype float32 … --out M; finetune extract --base B --tuned M …")
+            if "diff_b" in module or "diff" in module and module["diff"].ndim == 1:
+                raise FinetuneError(f"{path}: {stem} changes a bias or a norm, which no LoRA can hold\n    "
+                                    "merge it into the base: finetune merge --base B …")
             if "lora_A" not in module and size is None:
                 raise FinetuneError(f"{path}: {stem} is no LoRA, so its ranks cannot be added up; give --rank N or --energy E")
             by_stem.setdefault(stem, []).append((path, module, strength))

@@ -28,7 +28,6 @@ def add_arguments(parser) -> None:
                         help="pictures, sheet.png, nearest.png and eval.json go there")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there already")
     parser.add_argument("--json", action="store_true", help="print eval.json in place of the table")
-    parser.add_argument("--quiet", action="store_true", help="no bars")
 
 
 def run(args) -> int:
@@ -69,8 +68,7 @@ def run(args) -> int:
         for todo, places, what in ((wanted, files, ""), (plain, plainly, ", plain")):
             if todo:
                 _base.make(places[one.name][0].parent)
-                evaluate.paint(family, loaded[one.name], todo, places[one.name], args.batch,
-                               None if args.quiet else f"{one.name}{what}")
+                evaluate.paint(family, loaded[one.name], todo, places[one.name], args.batch, f"{one.name}{what}")
     found = evaluate.measure(metrics, eyes, evaluate.painted(wanted, files, plainly, learned))
     evaluate.sheet(wanted, files).save(args.out / "sheet.png")
     copies = []

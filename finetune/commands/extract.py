@@ -3,11 +3,14 @@
 from pathlib import Path
 
 
+TABLES = ("_embedding", "shared", "embed_tokens", "relative_attention_bias")     # whose rows are looked up: no layers
+
+
 def add_arguments(parser) -> None:
     from finetune.commands import _lora
 
-    parser.add_argument("--base", required=True, help="`tiny`, a diffusers folder or a hub id")
-    parser.add_argument("--tuned", required=True, help="the same model after training")
+    parser.add_argument("--base", required=True, help="`tiny`, a diffusers folder, a .safetensors file or a hub id")
+    parser.add_argument("--tuned", required=True, help="the same model after training, likewise")
     _lora.cut_arguments(parser, required=True)
     parser.add_argument("--dtype", default="float16", help="of the written tensors: float32, bfloat16 or float16")
     parser.add_argument("--to", default="kohya", metavar="FORMAT", help="kohya, which most tools read, or diffusers")
@@ -31,7 +34,7 @@ def run(args) -> int:
     sources = [families.locate(path) for path in (args.base, args.tuned)]
     for source in sources:
         families.check_family(source, spec, registry.names("families"))
-    found, other = differences(pairs(*sources, spec), lambda stem: not stem.endswith("_embedding"), size)
+    found, other = differences(pairs(*sources, spec), lambda stem: not stem.endswith(TABLES), size)
     tensors, found = packed(found, target)
     metadata = {"ss_output_name": args.out.stem, "modelspec.title": args.out.stem, "ss_sd_model_name": sources[0].name,
                 "finetune.extracted": f"from {sources[1].name}; {error(found.values(), other):.1%} of the change is left out"}
@@ -44,20 +47,18 @@ def pairs(base, tuned, spec):
     """(canonical name, before, after) of each tensor of the denoiser and the text encoders, one at a time.
 
     Raises FinetuneError when the two models do not have the same."""
-    from finetune.artifact import published
     from finetune.errors import FinetuneError
+    from finetune.families._original import NEEDLESS
 
     for part, component in spec.components.items():
-        if part == "vae":
+        if part == "vae" or not (base.has(component) and tuned.has(component)):     # T5 may be missing
             continue
-        before, after = ({published(name.removeprefix("text_model.")): (file, name)
-                          for name, file in places(source, component).items()} for source in (base, tuned))
-        # Old CLIPs carry their positions as a tensor.
-        if unlike := {name for name in before.keys() ^ after.keys() if not name.endswith("position_ids")}:
+        before, after = (readers(source, component) for source in (base, tuned))
+        if unlike := {name for name in before.keys() ^ after.keys() if not NEEDLESS.search(name)}:
             raise FinetuneError(f"--tuned {tuned.name}: {len(unlike)} tensors of its {component} are only in one "
                                 f"of the models, for example {min(unlike)}; both must be of the same architecture")
         for name in sorted(before.keys() & after.keys()):
-            old, new = read(*before[name]), read(*after[name])
+            old, new = before[name](), after[name]()
             if old.shape != new.shape:
                 raise FinetuneError(f"--tuned {tuned.name}: {component} {name} has the shape {tuple(new.shape)}, "
                                     f"in --base {tuple(old.shape)}; both must be of the same architecture")
@@ -65,12 +66,17 @@ def pairs(base, tuned, spec):
                 yield f"{part}.{name}", old, new
 
 
-def places(source, component: str) -> dict[str, Path]:
-    """{tensor: its file} of a component on disk or on the hub, in its widest variant."""
-    from finetune.artifact import read_header
+def readers(source, component: str) -> dict:
+    """{name of a tensor: what reads it} of a component in a file, in a folder or on the hub, in its widest variant."""
+    from functools import partial
+
+    from finetune.artifact import published, read_header
     from finetune.errors import FinetuneError
+    from finetune.families import _single
     from finetune.families.base import Unreachable
 
+    if isinstance(source, _single.SingleFile):
+        return _single.each(source, component)
     for variant in ("", ".fp16"):
         patterns = [f"{component}/*model{variant}.safetensors", f"{component}/*model{variant}-*-of-*.safetensors"]
         folder = Path(source.path)
@@ -82,7 +88,8 @@ def places(source, component: str) -> dict[str, Path]:
             except OSError as e:
                 raise Unreachable(f"{source.path}: its {component} cannot be fetched: {e}") from None
         if files := [file for pattern in patterns for file in sorted(folder.glob(pattern))]:
-            return {name: file for file in files for name in read_header(file).tensors}
+            return {published(name.removeprefix("text_model.")): partial(read, file, name)
+                    for file in files for name in read_header(file).tensors}
     raise FinetuneError(f"{source.path}: there is no .safetensors file of its {component}")
 
 

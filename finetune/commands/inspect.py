@@ -115,8 +115,9 @@ def _list(values: list[float]) -> str:
 def _shown(value: str) -> str:
     """A value as a terminal may have it: nothing in it can steer the terminal, and its length is bounded."""
     value = "".join(char if char.isprintable() or char == "\n" else "�" for char in value.expandtabs(4))
-    if len(value) > LONGEST_VALUE:
-        return f"{value[:LONGEST_VALUE]}… ({len(value):,} characters: --json shows all)"
+    most = 60 if value.startswith("data:") else LONGEST_VALUE      # of a picture, in letters
+    if len(value) > most:
+        return f"{value[:most]}… ({len(value):,} characters: --json shows all)"
     return value
 
 

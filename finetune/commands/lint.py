@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict
 from itertools import groupby
 
+from finetune.terminal import folded
+
 SHOWN = 5       # notes of one kind on the screen; --json has them all
 
 
@@ -58,7 +60,7 @@ def table(report) -> str:
     counts = {"error": refused, "warning": total - refused}
     words = [f"{count:,} {word}{'s' * (count > 1)}" for word, count in counts.items() if count]
     lines += ["", " and ".join(words) + (": it cannot be trained" if refused else "") or "nothing found"]
-    return "\n".join(lines)
+    return folded("\n".join(lines))
 
 
 def aligned(rows: list[tuple], numbers: bool = False) -> list[str]:

@@ -63,7 +63,8 @@ def run(args) -> int:
     from finetune.train.lint import lint as look_closer
 
     report = look_closer(load(out, []).recipe, say)
-    print(f"{lint.table(report)}\n\n{out} is written; read it, change it, and then\n    accelerate launch -m finetune train {out}")
+    print(f"{lint.table(report)}\n\n{out} is written; read it, change it, and then\n"
+          f"    finetune plan {out}      # the memory it takes\n    accelerate launch -m finetune train {out}")
     return 2 if report.code == 2 else 0
 
 
@@ -108,15 +109,14 @@ def text(args, name: str, base: Known, index, out: Path) -> str:
     """The recipe as YAML with comments."""
     quote = lambda value: json.dumps(value, ensure_ascii=False)     # noqa: E731   JSON's strings are YAML's
     count, goal, tiny = len(index), args.goal, base.path == "tiny"
-    captioned = sum("text" in index.columns(i) for i in range(min(count, 1000))) == min(count, 1000)
+    columns = set.intersection(*(set(index.columns(i)) for i in range(min(count, 1000))))
+    captioned = next((f"{{{name}}}" for name in ("text", "synthetic") if name in columns), "")
     kind = args.kind or "thing"
     word = args.word or {"style": f"{name.removesuffix('style').strip('-') or 'my'} style", "subject": f"zwx {kind}", "concept": f"my-{name}"}[goal]
     batch, checkpointing = fitting(base, args.vram)
     accumulation = max(1, round((4 if goal == "style" else 2) / batch))
     steps = min(MOST, max(LEAST, -(-count * SEEN // (batch * accumulation) // 50) * 50))
-    caption = {"style": f"{{text}}, in {word}" if captioned else f"in {word}",
-               "subject": "{text}" if captioned else f"a photo of {word}",
-               "concept": "{text}" if captioned else f"a photo of {word}"}[goal]
+    caption = f"{captioned}, in {word}".removeprefix(", ") if goal == "style" else captioned or f"a photo of {word}"
     trigger = f", trigger: {quote(word)}" if captioned and goal != "style" else ""
     shapes = buckets(index, base.resolution)
     lines = [f"# accelerate launch -m finetune train {out}",
@@ -141,7 +141,7 @@ def text(args, name: str, base: Known, index, out: Path) -> str:
     if not tiny:
         lines.append("objective: {weighting: {kind: min_snr, gamma: 5}}" if base.family != "sd3" else "objective: {timesteps: logit_normal}")
     lines += ["train:", f"  max_steps: {steps}      # each picture is seen about {steps * batch * accumulation / count:.0f} times",
-              f"  batch_size: {batch}", f"  gradient_accumulation: {accumulation}",
+              f"  batch_size: {batch}", *([f"  gradient_accumulation: {accumulation}"] if accumulation > 1 else []),
               f"  learning_rate: {5e-3 if goal == 'concept' else base.rate:g}", "  schedule: cosine", f"  warmup_steps: {min(50, steps // 10)}"]
     if not tiny:
         lines += ["  mixed_precision: bf16"]

@@ -3,6 +3,8 @@
 import json
 from dataclasses import asdict
 
+from finetune.commands.status import clock
+
 
 def add_arguments(parser) -> None:
     parser.add_argument("recipe", help="a recipe file")
@@ -39,6 +41,9 @@ def size(text: str) -> int:
 
 def plan(recipe: str, overrides: list[str], room: int) -> dict:
     """The need of the recipe, of it with each lever, and the fewest levers that make it fit."""
+    import torch
+
+    from finetune import device
     from finetune.errors import FinetuneError
     from finetune.recipe import load
     from finetune.train.plan import LEVERS, needs
@@ -48,7 +53,8 @@ def plan(recipe: str, overrides: list[str], room: int) -> dict:
 
     plain, saves = need([]), {}
     now = load(recipe, overrides).recipe
-    idle = {"train.gradient_checkpointing=true": now.train.gradient_checkpointing,
+    idle = {"base.quantize=int8": bool(now.base.quantize), "base.quantize=nf4": bool(now.base.quantize),
+            "train.gradient_checkpointing=true": now.train.gradient_checkpointing,
             "train.batch_size=1": now.train.batch_size == 1, "base.dtype=bfloat16": now.base.dtype != "float32",
             "train.optimizer=adamw8bit": now.train.optimizer.endswith("8bit"),
             "every.preview=0": not now.every.preview, "data.crop=center": now.data.crop != "random"}
@@ -67,30 +73,42 @@ def plan(recipe: str, overrides: list[str], room: int) -> dict:
         if len(chosen) > 1 and peak <= room and (less := need([c for c in chosen if c != lever]).peak) <= room:
             chosen.remove(lever)
             peak = less
-    return {"room": room, "fits": plain.peak <= room, **asdict(plain), "peak": plain.peak,
+    half = now.train.mixed_precision != "no"
+    rate = device.product_rate(torch.bfloat16 if half else torch.float32)
+    return {"room": room, "fits": plain.peak <= room, **asdict(plain), "peak": plain.peak, "product_rate": rate,
+            "least_seconds": round(plain.flops / rate * now.train.max_steps),
             "levers": [{"set": lever, "saves": saved, "costs": LEVERS[lever]} for lever, saved in saves.items()],
             "smallest": {"set": chosen, "peak": peak} if chosen and peak <= room else None}
 
 
-def table(found: dict) -> str:
-    """The plan for people, 80 columns wide."""
+def gib(size: int) -> str:
+    return f"{size / 2**30:7.2f} GiB" if size >= 2**27 else f"{size / 2**20:7.1f} MiB"
+
+
+def levers(found: dict) -> list[str]:
+    """Lines on what each lever saves and costs."""
     import textwrap
 
-    def gib(size: int) -> str:
-        return f"{size / 2**30:7.2f} GiB" if size >= 2**27 else f"{size / 2**20:7.1f} MiB"
+    lines = []
+    for lever in found["levers"]:
+        saved = gib(lever["saves"]) if lever["saves"] > 0 else "    nothing"
+        said, indent = f"saves {saved.strip()}; {lever['costs']}", " " * 6
+        lines += [f"  --set {lever['set']}", *textwrap.wrap(said, 80, initial_indent=indent, subsequent_indent=indent)]
+    return lines
 
+
+def table(found: dict) -> str:
+    """The plan for people, 80 columns wide."""
     lines = [f"weights          {gib(size)}   {part}" for part, size in found["weights"].items()]
     lines += [f"gradients        {gib(found['gradients'])}   of {found['trained']:,} trained numbers",
               f"optimizer        {gib(found['state'])}", "", "at the peak of"]
     lines += [f"  {phase:<15}{gib(size)}" + ("   <- the most" if size == found["peak"] else "")
               for phase, size in found["phases"].items()]
     lines += ["", f"room             {gib(found['room'])}   less what process and driver take"]
+    lines += ["", f"a step           {found['flops'] / 1e12:7.2f} TFLOP; products of matrices reach {found['product_rate'] / 1e12:.2f} TFLOP/s here,",
+              f"                 so all steps take at least {clock(found['least_seconds'])}"]
     if found["levers"]:
-        lines += ["", "levers, each by itself"]
-    for lever in found["levers"]:
-        saved = gib(lever["saves"]) if lever["saves"] > 0 else "    nothing"
-        said, indent = f"saves {saved.strip()}; {lever['costs']}", " " * 6
-        lines += [f"  --set {lever['set']}", *textwrap.wrap(said, 80, initial_indent=indent, subsequent_indent=indent)]
+        lines += ["", "levers, each by itself", *levers(found)]
     lines.append("")
     if found["fits"]:
         lines.append("it fits")

@@ -14,12 +14,14 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     """List or copy. FinetuneError for an unknown name and for a target that exists or cannot be written."""
     from finetune.recipe import shipped
+    from finetune.terminal import folded
 
     if args.action == "copy":
         print(copy_to(shipped.find(args.name), args.to))
         return 0
     for path in shipped.paths():
-        print("\n".join([path.stem, *(f"    {line}" for line in shipped.header(path))]))
+        command, *about = shipped.header(path)      # the command is there to be copied, and so is not broken
+        print(f"{path.stem}\n    {command}\n{folded(chr(10).join(f'    {line}' for line in about), 4)}")
     return 0
 
 

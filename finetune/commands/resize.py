@@ -26,8 +26,7 @@ def run(args) -> int:
     spec = registry.find("families", formats.identify(read_header(args.file))["family"] or args.family).SPEC
     before = formats.load(args.file, spec)
     tensors, found = packed(_lora.summed([(args.file, before, 1.0)], size), _lora.dtype(args.dtype, [before]))
-    # What other tools took of the tensors as they were is true no more.
-    kept = {key: value for key, value in before.metadata.items() if "hash" not in key and key != "ss_network_args"}
+    kept = {key: value for key, value in before.metadata.items() if key != "ss_network_args"}     # true no more
     note = {"finetune.resized": f"from {args.file.name}; relative error {error(found.values()):.3g}"}
     formats.save(Artifact("lora", spec.name, tensors, kept | note), args.out, _lora.format_of(args.file), spec)
     print(_lora.said(found, 0.0, args.out, args.json))

@@ -41,7 +41,6 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the PNGs go")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="also lay all of them out as one labelled picture")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there already")
-    parser.add_argument("--quiet", action="store_true", help="say nothing but what is wrong")
 
 
 def run(args) -> int:
@@ -78,7 +77,7 @@ def run(args) -> int:
 
     columns = []
     for factor, paths in files.items():
-        say = None if args.quiet else f"strength {factor:g}" if loaded else "sample"
+        say = f"strength {factor:g}" if loaded else "sample"
         columns.append([])
         with adapters.on(family, loaded, factor):
             pipeline = family.pipeline()

@@ -14,7 +14,7 @@ def run(args) -> int:
     from finetune.errors import FinetuneError
     from finetune.runfolder import RunFolder
 
-    folders = [args.run] if args.run else sorted(p.parent for p in Path("runs").glob("*/run.json"))
+    folders = [args.run] if args.run else runs()
     if args.run and not (args.run / "run.json").is_file():
         raise FinetuneError(f"{args.run} is no run folder: it has no run.json")
     rows = [facts(RunFolder(folder, folder.name)) for folder in folders]
@@ -23,22 +23,25 @@ def run(args) -> int:
     elif not rows:
         print("no runs in runs/")
     for row in rows if not args.json else []:
-        loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-        left = "" if row["seconds_left"] is None else f"   {clock(row['seconds_left'])} left"
-        print(f"{row['run']:<24} {row['state']:<10} step {row['step']} of {row['max_steps']}   loss {loss}   "
-              f"{row['images_per_second'] or '-'} img/s{left}")
+        name, speed = row["run"] if len(row["run"]) <= 22 else f"…{row['run'][-21:]}", row["images_per_second"]
+        words = [f"{name:<22} {row['state']:<8} {row['step']}/{row['max_steps']}",
+                 *([] if row["loss"] is None else [f"loss {row['loss']:.4f}"]), *([f"{speed:.3g} img/s"] if speed else []),
+                 *([] if row["seconds_left"] is None else [f"{clock(row['seconds_left'])} left"])]
+        print("  ".join(words))
     return 0
+
+
+def runs() -> list[Path]:
+    """The run folders in runs/, by name."""
+    return sorted(path.parent for path in Path("runs").glob("*/run.json"))
 
 
 def facts(folder) -> dict:
     """What the folder's files say; a run without a holder is finished or stopped."""
-    import json
-
     exact = folder.known()["exact"]
     train = exact["recipe"]["train"]
-    lines = folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.exists() else []
-    # Others name a skipped step or an alarm, and the very last may be half written.
-    last = next((json.loads(line) for line in reversed(lines) if '"images_per_second"' in line and line.endswith("}")), {})
+    # Other lines name a skipped step or an alarm.
+    last = next((line for line in reversed(folder.logged()) if "images_per_second" in line), {})
     done, owner = last.get("step", 0), folder.owner()
     state = "running" if owner else "finished" if done == train["max_steps"] and any(folder.adapters.glob("*.safetensors")) \
         else "stopped"

@@ -35,7 +35,7 @@ def run(args) -> int:
     folder = RunFolder(args.run or Path("runs") / name, name)
     with loaded.placing():
         if processes.main():        # before torch is imported, which takes seconds
-            folder.lock()
+            folder.lock([args.recipe, *(f"--set={setting}" for setting in args.overrides), f"--run={folder.root}"])
             folder.check_ours()
             folder.check_writable()
             folder.check_room(20_000_000)       # the exact need is known when everything is loaded
@@ -44,9 +44,10 @@ def run(args) -> int:
         try:
             return _train(loaded, args, folder, deadline)
         except device.OUT_OF_MEMORY as e:
-            raise FinetuneError(f"{e}\n    less memory: a smaller train.batch_size with more train.gradient_accumulation, "
-                                "train.gradient_checkpointing: true, base.dtype: bfloat16, a smaller data.resolution;\n    "
-                                f"`finetune plan {args.recipe}` says what each of them saves") from None
+            from finetune.commands.plan import levers, plan
+
+            saving = levers(plan(args.recipe, args.overrides, device.memory_bytes()))
+            raise FinetuneError("\n".join([str(e), "what needs less memory, beside a smaller data.resolution:", *saving])) from None
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
                 raise
@@ -61,7 +62,7 @@ def _train(loaded, args, folder, deadline: float) -> int:
     from finetune.artifact import read_tensors
     from finetune.recipe import dump
     from finetune.runfolder import write_json, write_text
-    from finetune.train import loop, report, setup, trackers, validate
+    from finetune.train import best, loop, report, setup, trackers
 
     recipe = loaded.recipe
     accelerator = setup.accelerate(recipe, folder)
@@ -93,7 +94,7 @@ def _train(loaded, args, folder, deadline: float) -> int:
         with run.ema.swapped() if run.ema else nullcontext():
             hand_over(run)
         if recipe.train.keep_best:
-            say(f"best      of step {validate.best(run)} by the loss on held-out pictures")
+            say(f"best      of step {best.best(run)} by {best.criterion(recipe)[0]}")
             run.method.restore(read_tensors(folder.best))
             hand_over(replace(run, folder=folder.of_best()))
         say(f"report    {report.write([folder.root], folder.root / report.NAME)}")

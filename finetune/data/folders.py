@@ -20,7 +20,8 @@ PICTURES = {suffix.encode() for suffix in SUFFIXES}
 NOT_READ = {b".gif", b".heic", b".heif", b".jxl", b".jp2", b".svg", b".psd", b".tga", b".ico", b".jfif", b".dng", b".cr2",
             b".nef", b".arw"}       # pictures too
 BESIDE = [suffix.encode() for suffix in SIDECARS]
-TABLES = {b"metadata" + suffix.encode() for suffix in READERS}
+SYNTHETIC = b"synthetic.jsonl"          # a table that models write (commands/caption.py)
+TABLES = {SYNTHETIC, *(b"metadata" + suffix.encode() for suffix in READERS)}
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,17 @@ class Folder:
         """The pictures in the order of their names."""
         root = os.fsencode(self.path)
         found = walk(root, self.prefix)
-        tables = [read_table(self.prefix, root, name, stat, memory) for name, *stat in sorted(found.tables)]
+        tables = {name: read_table(self.prefix, root, name, stat, memory) for name, *stat in sorted(found.tables)}
         beside, notes = read_sidecars(self.prefix, root, found.texts.listed(), memory)
         pictures, order = found.pictures.listed(), np.array(found.beside, np.int64)
         by_name = pc.sort_indices(pictures["name"])
         pictures, order = pictures.take(by_name), order[by_name]
-        rows, wrong = assign(root, pictures["name"], tables)
-        pictures = pictures.append_column(LISTING.field("columns"), merged(rows, chosen(beside, order)))
-        return pictures, found.notes + notes + wrong
+        made = {name: table for name, table in tables.items() if os.path.basename(name) == SYNTHETIC}
+        layers = [chosen(beside, order)]
+        for some in filter(None, (made, {name: table for name, table in tables.items() if name not in made})):
+            rows, wrong = assign(root, pictures["name"], list(some.values()))
+            layers, notes = [rows, *layers], notes + wrong
+        return pictures.append_column(LISTING.field("columns"), merged(*layers)), found.notes + notes
 
 
 def fetch(path: str | bytes, offset: int = 0, size: int = 0) -> None:

@@ -215,13 +215,15 @@ def read_sidecars(prefix: str, root: bytes, listed: pa.Table, memory: Memory) ->
                               zip(listed["name"].take(wrong).to_pylist(), found["reason"].take(wrong).to_pylist())]
 
 
-def merged(rows: pa.ChunkedArray, beside: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The tables' columns, with the text of a sidecar where these have none."""
-    both = np.flatnonzero(pc.and_(pc.is_valid(rows), pc.is_valid(beside)))
-    whole = pc.coalesce(rows, beside, NOTHING)
-    if len(both):
-        replaced = whole.to_pylist()
-        for n in both.tolist():
-            replaced[n] = columns(json.loads(beside[n].as_py()) | json.loads(rows[n].as_py()))
-        whole = pa.chunked_array([pa.array(replaced, pa.large_binary())])
-    return whole
+def merged(*layers: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The columns of all layers together; of a column that several have, the first layer's."""
+    whole = layers[0]
+    for lower in layers[1:]:
+        both = np.flatnonzero(pc.and_(pc.is_valid(whole), pc.is_valid(lower)))
+        upper, whole = whole, pc.coalesce(whole, lower)
+        if len(both):
+            replaced = whole.to_pylist()
+            for n in both.tolist():
+                replaced[n] = columns(json.loads(lower[n].as_py()) | json.loads(upper[n].as_py()))
+            whole = pa.chunked_array([pa.array(replaced, pa.large_binary())])
+    return pc.coalesce(whole, NOTHING)

@@ -23,6 +23,7 @@ class Altered:
     source: Source | _single.SingleFile
     changes: Changes
     replaced: dict[str, str]        # component -> the part that it is
+    without: tuple[str, ...] = ()   # components that are left out
 
     def __getattr__(self, name: str):
         return getattr(self.source, name)
@@ -42,12 +43,35 @@ class Altered:
         return Path(self.changes.parts[self.replaced[component]]).expanduser()
 
     def has(self, component: str) -> bool:
-        return component in self.replaced or self.source.has(component)
+        encoder = component.replace("tokenizer", "text_encoder")
+        return encoder not in self.without and (encoder in self.replaced or self.source.has(component))
+
+    def tokenizer(self, component: str):
+        """The base's own. Where it has none, as single files have none of T5, that of the model which the encoder is from."""
+        part, path = self.replaced.get(encoder := component.replace("tokenizer", "text_encoder")), None
+        if not part or self.source.has(component):
+            return self.source.tokenizer(component)
+        if not ((path := self.path_of(encoder)) / component).is_dir():
+            raise FinetuneError(f"base.{part}: {path} has no {component}, and neither has the base: give the diffusers folder of a "
+                                "whole model that has both")
+        return locate(str(path)).tokenizer(component)
 
     def config(self, component: str) -> dict:
         """What a folder says of its own part goes before what the base says: such as that a VAE can do with float16."""
         folder = component in self.replaced and _single.folder_of(self.path_of(component), component)
         return Source(str(folder.parent), None, None, {}).config(folder.name) if folder else self.source.config(component)
+
+    def scheduler(self, *component: str):
+        """The base's own, or one with the noising that the words say."""
+        import diffusers
+
+        own, how = self.source.scheduler(*component), (self.changes.prediction, self.changes.zero_snr)
+        if component or how == (None, None):
+            return own
+        if "prediction_type" not in own.config:
+            raise FinetuneError("base.prediction: a base on rectified flow predicts its velocity; leave prediction and zero_snr out")
+        config = _single.noised({**own.config, "_class_name": type(own).__name__}, *how)
+        return getattr(diffusers, config["_class_name"]).from_config(config)
 
     def load(self, cls: type, component: str, dtype: torch.dtype) -> nn.Module:
         """As `Source.load`."""
@@ -63,24 +87,38 @@ class Altered:
         part, path = self.replaced[component], self.path_of(component)
         try:
             if part == "denoiser":
-                own, base = predicts(path), self.source.scheduler().config.get("prediction_type")
+                own, base = predicts(path), self.scheduler().config.get("prediction_type")
                 if own and own != base:
                     raise FinetuneError(f"{path}: it predicts {own}, and the base {base}: give it as base.path")
-            return _single.part(path, cls, component, dtype, self.source.config(component))
+            config = (self.source if self.source.has(component) else self).config(component)
+            return _single.part(path, cls, component, dtype, config)
         except FinetuneError as e:
             raise FinetuneError(f"base.{part}: {str(e).removeprefix('base.path: ')}") from None
 
 
 def altered(source: Source, spec: FamilySpec, changes: Changes) -> Source | Altered:
-    """The source with these changes. Raises FinetuneError for those that the family does not know."""
-    if changes == Changes():
-        return source
+    """The source with these changes. Raises FinetuneError for those that the family does not know, and for parts that are missing."""
+    if changes != Changes():
+        source = _changed(source, spec, changes)
+    missing = [part for part, component in spec.components.items() if part != "text_3" and not source.has(component)]
+    if missing:
+        raise FinetuneError(f"base.path: {source.path}: it holds no {' and no '.join(spec.components[part] for part in missing)}: give "
+                            "a whole checkpoint, or beside it "
+                            + " and ".join(f"base.{part} (--{part.replace('_', '-')})" for part in missing))
+    return source
+
+
+def _changed(source: Source | _single.SingleFile, spec: FamilySpec, changes: Changes) -> Altered:
     if unknown := [part for part in changes.parts if part not in spec.components]:
         raise FinetuneError(f"base.{unknown[0]}: {spec.name} has no such part; it has {', '.join(spec.components)}")
+    without = [part for part, path in changes.parts.items() if path == "none"]
+    if needed := [part for part in without if part != "text_3"]:
+        raise FinetuneError(f"base.{needed[0]}: {spec.name} cannot do without it; none is for text_3, the T5 of sd3")
     if changes.clip_skip > 1 and "text_2" in spec.components:
         raise FinetuneError(f"base.clip_skip: {spec.name} always takes its text encoders one layer before the last; "
                             "leave it out")
-    return Altered(source, changes, {spec.components[part]: part for part in changes.parts})
+    return Altered(source, changes, {spec.components[part]: part for part in changes.parts if part not in without},
+                   tuple(spec.components[part] for part in without))
 
 
 def predicts(path: Path) -> str | None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from finetune.errors import FinetuneError
+
 PIECES = 3      # of a long caption, at most: 225 tokens, what the field trains with
 
 
@@ -19,10 +21,22 @@ class Clip:
     pooled: bool = False            # whether the projection of the end token's state is wanted too
 
 
-def split(ids: list[int], room: int, most: int) -> tuple[list[list[int]], list[int]]:
-    """The ids in pieces of `room`, at most so many pieces, and the ids that are left over."""
-    pieces = [ids[first:first + room] for first in range(0, len(ids), room)] or [[]]
-    return pieces[:most], sum(pieces[most:], [])
+def pieces(family, caption: str) -> tuple[list[list[int]], list[int]]:
+    """The caption's tokens in pieces that CLIPs can take, one unless `long: chunk`, and those that are left over. The tokenizers
+    of a family's CLIPs differ in nothing but what they fill up with."""
+    words = family.tokenizers["text"]
+    ids = words(caption, add_special_tokens=False, verbose=False).input_ids
+    ids = family.learned.spelled(ids) if family.learned else ids
+    room, most = words.model_max_length - 2, PIECES if family.long == "chunk" else 1
+    found = [ids[first:first + room] for first in range(0, len(ids), room)] or [[]]
+    return found[:most], sum(found[most:], [])
+
+
+def refuse_cut(family, captions: list[str]) -> None:
+    """Raise FinetuneError for a caption that would lose its end unordered."""
+    for caption in captions:
+        if cut := family.cut_text(caption):
+            raise FinetuneError(f"a caption is too long for the text encoders; it would lose {cut!r}:\n    {caption}")
 
 
 def states(encoder: nn.Module, tokenizer, pieces: list[list[int]], take: Clip) -> tuple[Tensor, Tensor | None]:

@@ -1,35 +1,42 @@
-"""Pixels and latents: a VAE, and the shift and scale between its latents and those of a denoiser.
+"""Pixels and latents, the same in every family: a VAE, and the shift and scale between its latents and those of a denoiser.
 
 Shapes: B batch · C latent channels · H W pixels · h w = H W / VAE stride.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def stride(config: dict) -> int:
-    """Pixels per latent, along each axis, of a VAE with this config."""
-    return 2 ** (len(config.get("block_out_channels", [64])) - 1)
+def config(family) -> dict:
+    """That of the VAE, which itself may have been let go."""
+    return family.source.config("vae")
+
+
+def stride(family) -> int:
+    """Pixels per latent, along each axis."""
+    return 2 ** (len(family.vae_config.get("block_out_channels", [64])) - 1)
 
 
 @torch.no_grad()
-def moments(vae: nn.Module, pixels_B3HW: Tensor) -> Tensor:
+def moments(family, pixels_B3HW: Tensor) -> Tensor:
     """Mean and log-variance of the VAE's posterior, (B, 2C, h, w) float32; the same inside the loop as before it."""
+    vae = family.parts["vae"]
     with torch.autocast(vae.device.type, enabled=False):
         posterior = vae.encode(pixels_B3HW.to(vae.device, vae.dtype)).latent_dist
     return torch.cat([posterior.mean, posterior.logvar], 1).float()
 
 
-def sample(config: dict, moments: Tensor, noise_BChw: Tensor) -> Tensor:
-    """A sample of the posterior as the denoiser wants it, (B, C, h, w); `noise` is standard normal. The config is the VAE's,
-    which itself may have been let go."""
+def sample(family, moments: Tensor, noise_BChw: Tensor) -> Tensor:
+    """A sample of the posterior as the denoiser wants it, (B, C, h, w); `noise` is standard normal."""
     mean, logvar = moments.chunk(2, 1)
+    config = family.vae_config
     shift, scale = config.get("shift_factor") or 0, config.get("scaling_factor", 0.18215)      # diffusers' own, where it is silent
     return (mean + (0.5 * logvar).exp() * noise_BChw - shift) * scale
 
 
 @torch.no_grad()
-def decode(vae: nn.Module, latents_BChw: Tensor) -> Tensor:
+def decode(family, latents_BChw: Tensor) -> Tensor:
     """Pixels (B, 3, H, W), about [-1, 1]."""
+    vae = family.parts["vae"]
     z = latents_BChw.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
     return vae.decode(z).sample.float()

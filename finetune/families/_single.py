@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from finetune.artifact import Header, published, read_header
 from finetune.errors import FinetuneError
 from finetune.families import _original
-from finetune.families._identify import Known, Place, identify
+from finetune.families._identify import LAYOUTS, Known, Place, identify
 from finetune.families.base import Changes, Source
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class SingleFile:
         return self.configs["model_index"] | absent
 
     def has(self, component: str) -> bool:
-        return bool((self.index.get(component) or [None])[0])
+        absent = component in LAYOUTS[self.known.family] and component not in self.known.places
+        return not absent and bool((self.index.get(component) or [None])[0])
 
     def config(self, component: str) -> dict:
         if component not in self.configs:
@@ -66,7 +67,7 @@ class SingleFile:
         """A frozen part in eval mode. Raises FinetuneError when it is not in the file or does not fit the config."""
         try:
             if component not in self.known.places:
-                raise FinetuneError(f"it holds no {component}: give a whole checkpoint, or the part by itself, such as base.vae")
+                raise FinetuneError(f"it holds no {component}")
             return load(self.path, self.known.places[component], cls, self.config(component), dtype)
         except FinetuneError as e:
             raise FinetuneError(f"base.path: {self.path}: {e}") from None
@@ -91,7 +92,8 @@ def source(path: str) -> SingleFile:
         header = read_header(path)
         known = identify(header)
         if known.family is None:
-            raise FinetuneError(f"it holds nothing but the {', '.join(known.places)}: give it beside a base, not as one")
+            raise FinetuneError(f"it is no base, but the {', '.join(known.places)} of one: give it beside a base, as "
+                                + ", ".join(f"base.{word} (--{word})" for word in (c.replace("_encoder", "") for c in known.places)))
         if known.family == "sd2" and known.prediction is None:
             known = replace(known, **_measured(path, known))
     except FinetuneError as e:
@@ -102,13 +104,19 @@ def source(path: str) -> SingleFile:
 def configs(known: Known) -> dict[str, dict]:
     """What is shipped for a model of this kind, with the noising that its file tells of."""
     found = json.loads((ASSETS / "configs" / f"{known.name}.json").read_text(encoding="utf-8"))
-    said = {"prediction_type": known.prediction} if known.prediction else {}
-    if known.zero_snr:      # PNDM knows none
-        pndm = found["scheduler"]["_class_name"] == "PNDMScheduler"
-        said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} | ({"_class_name": "DDIMScheduler"} if pndm else {})
-    found["scheduler"] |= said
+    found["scheduler"] = noised(found["scheduler"], known.prediction, known.zero_snr or None)
     found["model_index"]["scheduler"] = ["diffusers", found["scheduler"]["_class_name"]]
     return found
+
+
+def noised(scheduler: dict, prediction: str | None, zero_snr: bool | None) -> dict:
+    """A scheduler's config with another noising; None is its own."""
+    said = {"prediction_type": prediction} if prediction else {}
+    said |= {} if zero_snr is None else {"rescale_betas_zero_snr": zero_snr}
+    if zero_snr:        # PNDM knows none
+        pndm = scheduler["_class_name"] == "PNDMScheduler"
+        said |= {"timestep_spacing": "trailing"} | ({"_class_name": "DDIMScheduler"} if pndm else {})
+    return scheduler | said
 
 
 def _measured(path: str, known: Known) -> dict:
@@ -143,21 +151,45 @@ class _Tensors(Mapping):
 
 def load(path: str, place: Place, cls: type, config: dict, dtype: torch.dtype) -> nn.Module:
     """One frozen part of a file, in eval mode. Raises FinetuneError when its tensors are not those of the config."""
-    kind, prefix = place
     part = empty(cls, config)
-    ours = {published(name): t for name, t in part.state_dict().items()}
-    shapes = {name: tuple(t.shape) for name, t in ours.items()}
-    table = _original.rows(kind, shapes)
-    check(read_header(path), place, table, shapes)
+    table, shapes = table_of(path, place, part)
     try:
         with safe_open(path, "pt") as file:
-            tensors = dict(_original.read(_Tensors(file, prefix, [row.theirs for row in table], dtype), table, shapes))
+            tensors = dict(_original.read(_Tensors(file, place[1], [row.theirs for row in table], dtype), table, shapes))
     except SafetensorError as e:
         raise FinetuneError(f"cannot be read: {e}") from None
     part.load_state_dict({name: tensors[published(name)].to(dtype) for name in part.state_dict()}, assign=True)
     if hasattr(part, "tie_weights"):
         part.tie_weights()
     return part.requires_grad_(False).eval()
+
+
+def table_of(path: str, place: Place, part: nn.Module) -> tuple[list[_original.Row], dict[str, tuple[int, ...]]]:
+    """(rows of the file's tensors, shapes of ours). Raises FinetuneError when its tensors are not those of the part."""
+    shapes = {published(name): tuple(t.shape) for name, t in part.state_dict().items()}
+    table = _original.rows(place[0], shapes)
+    check(read_header(path), place, table, shapes)
+    return table, shapes
+
+
+def each(source: SingleFile, component: str) -> dict[str, Callable[[], Tensor]]:
+    """{name of ours: what reads it} for the tensors of a part, each from a mapping of its own, so that none stays in memory.
+    Raises FinetuneError when the part is not in the file or is of another model."""
+    import diffusers
+    import transformers
+
+    if component not in source.known.places:
+        raise FinetuneError(f"{source.path}: holds no {component}, but {', '.join(source.known.places)}")
+    library, cls = source.index[component]
+    place = source.known.places[component]
+    table, shapes = table_of(source.path, place, empty(getattr({"diffusers": diffusers}.get(library, transformers), cls),
+                                                       source.config(component)))
+
+    def read(row: _original.Row, name: str) -> Tensor:
+        with safe_open(source.path, "pt") as file:
+            return dict(_original.read({row.theirs: file.get_tensor(place[1] + row.theirs)} if row.theirs else {}, [row], shapes))[name]
+
+    return {name: partial(read, row, name) for row in table for name in row.ours}
 
 
 def empty(cls: type, config: dict) -> nn.Module:

@@ -4,7 +4,6 @@ Shapes: B batch · L tokens · D text width · P pooled width · C latent channe
 """
 
 from functools import cached_property
-from pathlib import Path as Folder
 from typing import Literal
 
 import torch
@@ -16,7 +15,7 @@ from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
 from finetune.families import _beside, _clip, _control, _latents
 from finetune.families._altered import altered
-from finetune.families.base import Changes, FamilySpec, Parts, Source, check_family, locate, publish_text_encoder, sketched, vocabulary
+from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
 
@@ -40,6 +39,9 @@ class UNetFamily:
 
     long: Literal["error", "truncate", "chunk"] = "error"      # what becomes of a caption that the text encoder cannot take
     learned: Learned | None = None                              # the tokens that were added to the tokenizers' own
+    vae_config, stride = cached_property(_latents.config), cached_property(_latents.stride)
+    moments, latents, decode_latents = _latents.moments, _latents.sample, _latents.decode
+    pieces, sketch, save = _clip.pieces, sketch, save
 
     def __init__(self, spec: FamilySpec, text: dict[str, Clip], source: Source, parts: dict[str, nn.Module],
                  tokenizers: dict[str, object], scheduler, small_scheduler=None):
@@ -47,19 +49,10 @@ class UNetFamily:
         self.tokenizers, self.scheduler, self.small_scheduler = tokenizers, scheduler, small_scheduler
         self.path = noising(scheduler.config)
 
-    @cached_property
-    def stride(self) -> int:
-        """Pixels per latent, along each axis."""
-        return _latents.stride(self.source.config("vae"))
-
     @property
     def step(self) -> int:
         """What the sides of a picture have to be multiples of."""
         return self.stride
-
-    @cached_property
-    def vae_config(self) -> dict:
-        return self.source.config("vae")
 
     @property
     def zeros(self) -> bool:
@@ -79,27 +72,9 @@ class UNetFamily:
         """The level that the noise of a small picture is below."""
         return self.source.index.get("max_noise_level", 350)
 
-    def moments(self, pixels_B3HW: Tensor) -> Tensor:
-        return _latents.moments(self.parts["vae"], pixels_B3HW)
-
-    def latents(self, moments: Tensor, noise_BChw: Tensor) -> Tensor:
-        return _latents.sample(self.vae_config, moments, noise_BChw)
-
-    def decode_latents(self, latents_BChw: Tensor) -> Tensor:
-        return _latents.decode(self.parts["vae"], latents_BChw)
-
-    def pieces(self, caption: str) -> tuple[list[list[int]], list[int]]:
-        """The caption's tokens in pieces that the text encoders can take, and those that would be lost unordered. The
-        tokenizers differ in nothing but what they fill up with."""
-        words = self.tokenizers["text"]
-        ids = words(caption, add_special_tokens=False, verbose=False).input_ids
-        ids = self.learned.spelled(ids) if self.learned else ids
-        pieces, lost = _clip.split(ids, words.model_max_length - 2, _clip.PIECES if self.long == "chunk" else 1)
-        return pieces, [] if self.long == "truncate" else lost
-
     def cut_text(self, caption: str) -> str:
         """The end of the caption that would be lost unordered: unless it is empty, `encode_text` refuses the caption."""
-        return self.tokenizers["text"].decode(self.pieces(caption)[1])
+        return "" if self.long == "truncate" else self.tokenizers["text"].decode(self.pieces(caption)[1])
 
     def cut_prompt(self, prompt: str) -> str:
         """What the sampler would lose of a prompt: it takes one piece, however captions are taken."""
@@ -111,11 +86,8 @@ class UNetFamily:
         the first is pooled, as web UIs have it. Where `zeros`, an empty caption is the pipeline's missing negative prompt.
 
         Raises FinetuneError for a caption that would be cut, unless `long: truncate` orders it."""
-        pieces, lost = zip(*map(self.pieces, captions))
-        for caption, own, cut in zip(captions, pieces, lost):
-            if cut:
-                raise FinetuneError(f"a caption is longer than {sum(map(len, own))} tokens; "
-                                    f"it would lose {self.tokenizers['text'].decode(cut)!r}:\n    {caption}")
+        _clip.refuse_cut(self, captions)
+        pieces = [self.pieces(caption)[0] for caption in captions]
         every = [piece for own in pieces for piece in own]
         found = [_clip.states(self.parts[part], self.tokenizers[part], every, take) for part, take in self.text.items()]
         counts = [len(own) for own in pieces]
@@ -129,6 +101,32 @@ class UNetFamily:
         skip = self.source.changes.clip_skip
         return [self.long, self.zeros, *([vocabulary(words), words.pad_token_id] for words in self.tokenizers.values()),
                 *([f"clip skip {skip}"] if skip > 1 else [])]
+
+    @property
+    def kinds(self) -> dict[str, type[nn.Module]]:
+        """The class of each part."""
+        import diffusers
+        import transformers
+
+        text = {part: transformers.CLIPTextModelWithProjection if take.pooled else transformers.CLIPTextModel
+                for part, take in self.text.items()}
+        return {"denoiser": diffusers.UNet2DConditionModel, **text, "vae": diffusers.AutoencoderKL}
+
+    def load_part(self, part: str, dtype: torch.dtype) -> nn.Module:
+        """A part as the source has it."""
+        # In float16 the VAE of SDXL overflows: its config says so, and its pipeline would bring it to float32 for each picture.
+        wide = part == "vae" and dtype == torch.float16 and "text_2" in self.text and self.vae_config.get("force_upcast", True)
+        found = self.source.load(self.kinds[part], self.spec.components[part], torch.float32 if wide else dtype)
+        if part in self.text and self.text[part].pooled:
+            _clip.end_at(found, self.tokenizers[part].eos_token_id)
+        if wide:
+            found.post_quant_conv.register_forward_pre_hook(lambda layer, latents: (latents[0].float(),))
+        return found
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth saying before a run."""
+        return self.source.notes
 
     def beside(self, shown: Tensor, seed: int, positions: list[int]) -> dict[str, Tensor]:
         """What the data room shows, as fields of the Conditioning."""
@@ -171,31 +169,9 @@ class UNetFamily:
         return cls(**components, **{"force_zeros_for_empty_prompt": self.zeros, "add_watermarker": False} if xl else
                    {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False})
 
-    def sketch(self, dtype: torch.dtype) -> None:
-        """Give an outline its parts from their configs alone; inside a FakeTensorMode they have shapes and no numbers."""
-        self.parts |= {part: sketched(kind(self.text, part), self.source.config(component), dtype)
-                       for part, component in self.spec.components.items()}
-
-    def save(self, folder: Folder, dtype: torch.dtype) -> None:
-        """A diffusers folder with the weights in `dtype`, under the published names."""
-        for module in self.parts.values():
-            module.to(dtype)
-        for words in self.tokenizers.values():      # how they were last called would be saved with them
-            words.backend_tokenizer.no_padding()
-            words.backend_tokenizer.no_truncation()
-        self.pipeline().save_pretrained(folder)
-        for part, words in self.tokenizers.items():
-            publish_text_encoder(folder / self.spec.components[part])
-            words.backend_tokenizer.model.save(str(folder / tokenizer(self.spec, part)))      # vocab.json, merges.txt
-
 
 def nothing(told: Conditioning) -> Conditioning:
     return Conditioning(torch.zeros_like(told.tokens), None if told.pooled is None else torch.zeros_like(told.pooled))
-
-
-def tokenizer(spec: FamilySpec, part: str) -> str:
-    """The component of a text encoder's tokenizer."""
-    return spec.components[part].replace("text_encoder", "tokenizer")
 
 
 def noising(config) -> Discrete:
@@ -208,36 +184,6 @@ def noising(config) -> Discrete:
                     config.num_train_timesteps, config.prediction_type, bool(config.get("rescale_betas_zero_snr")))
     except ValueError as e:
         raise FinetuneError(f"base.path: its scheduler: {e}") from None
-
-
-def load(spec: FamilySpec, text: dict[str, Clip], path: str, dtype: torch.dtype = torch.float32, revision: str | None = None,
-         variant: str | None = None, changes: Changes = Changes()) -> UNetFamily:
-    """The base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is another family's."""
-    bare = outline(spec, text, path, revision, variant, changes)
-    # In float16 the VAE of SDXL overflows: its config says so, and its pipeline would bring it to float32 for each picture.
-    upcast = dtype == torch.float16 and "text_2" in text and bare.source.config("vae").get("force_upcast", True)
-
-    def part(name: str) -> nn.Module:
-        wide = name == "vae" and upcast
-        found = bare.source.load(kind(text, name), spec.components[name], torch.float32 if wide else dtype)
-        if name in text and text[name].pooled:
-            _clip.end_at(found, eos[name])
-        if wide:
-            found.post_quant_conv.register_forward_pre_hook(lambda layer, latents: (latents[0].float(),))
-        return found
-
-    eos = {name: words.eos_token_id for name, words in bare.tokenizers.items()}
-    return UNetFamily(spec, text, bare.source, Parts(part, spec.components), bare.tokenizers, bare.scheduler, bare.small_scheduler)
-
-
-def kind(text: dict[str, Clip], part: str) -> type[nn.Module]:
-    """The class of a part."""
-    import diffusers
-    import transformers
-
-    if part in text:
-        return transformers.CLIPTextModelWithProjection if text[part].pooled else transformers.CLIPTextModel
-    return {"denoiser": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}[part]
 
 
 def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | None = None,

@@ -1,25 +1,26 @@
-"""What every family shares: its constants, where its parts come from, and adapters merged into its weights."""
+"""What every family shares: its constants, where its parts come from, and how they are written."""
 
+import copy
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
-from finetune import tokens
-from finetune.artifact import WHOLE, Artifact, modules, read_tensors, write_safetensors
-from finetune.change import change, misfit
+from finetune.artifact import read_tensors, write_safetensors
 from finetune.errors import FinetuneError
-from finetune.families import _control
-from finetune.families._quantized import whole
+from finetune.families._merging import layer, merge, merged, misfits, touched, weight
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,6 +43,11 @@ class FamilySpec:
     sgm: bool = False                       # whether kohya's files have the names of the code that the family came with
     joint: bool = False                     # the same of SD 3, where q, k and v are one layer; diffusers does not read them
 
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """The text encoders that can be trained."""
+        return tuple(part for part in self.kohya if part != "denoiser")
+
 
 CLIP_ATTENTION = ("*.self_attn.q_proj", "*.self_attn.k_proj", "*.self_attn.v_proj", "*.self_attn.out_proj")
 CLIP_FEED_FORWARD = ("*.mlp.fc1", "*.mlp.fc2")
@@ -55,6 +61,8 @@ class Changes:
     parts: Mapping[str, str] = field(default_factory=dict)      # part -> the folder or file that it is taken from
     clip_skip: int = 1                                          # 1 is none, as web UIs count
     quantize: str | None = None                                 # nf4 or int8: all but the VAE
+    prediction: str | None = None                               # in the words of diffusers, and
+    zero_snr: bool | None = None                                # zero terminal SNR; None is what the base says
 
 
 @dataclass(frozen=True)
@@ -131,18 +139,28 @@ class Source:
 
 
 class Parts(dict):
-    """A family's parts by name. One that was let go is loaded again, as it first was, when it is asked for: the encoders work
-    before the first step and in the proof, and need not be in memory in between. To iterate loads nothing."""
+    """A family's parts by name. One that was let go is loaded again when it is asked for, and is what it was or a
+    FinetuneError: the encoders work before the first step and in the proof, and need not be in memory in between. To iterate
+    loads nothing."""
 
     def __init__(self, load: Callable[[str], nn.Module], names: Iterable[str]):
         super().__init__((name, load(name)) for name in names)
-        self._load, self._known = load, frozenset(self)
+        self._load, self._gone = load, {}
+
+    def let_go(self, name: str, weights: str) -> None:
+        """`weights` is the part's fingerprint."""
+        del self[name]
+        self._gone[name] = weights
 
     def __missing__(self, name: str) -> nn.Module:
-        if name not in self._known:
+        if name not in self._gone:
             raise KeyError(name)
-        self[name] = self._load(name).to(next(next(iter(self.values())).parameters()).device)
-        return self[name]
+        part = self._load(name).to(next(next(iter(self.values())).parameters()).device)
+        if fingerprint({name: part}) != self._gone[name]:
+            raise FinetuneError(f"base: the weights of its {name} are others than at the start of this run: the files were "
+                                "changed meanwhile. Put them back; the same command continues from the last checkpoint")
+        self[name] = part
+        return part
 
 
 def sketched(cls: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.Module:
@@ -154,6 +172,27 @@ def sketched(cls: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.Modul
         return part.requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(before)
+
+
+def load(outline: Callable, path: str, dtype: torch.dtype = torch.float32, revision: str | None = None,
+         variant: str | None = None, changes: Changes = Changes()):
+    """The family over the base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is another
+    family's."""
+    bare = outline(path, revision, variant, changes)
+    family = copy.copy(bare)        # the other holds no parts, so that those of this one go when it does
+    family.parts = Parts(partial(bare.load_part, dtype=dtype), bare.kinds)
+    return family
+
+
+def sketch(family, dtype: torch.dtype) -> None:
+    """Give an outline its parts from their configs alone; inside a FakeTensorMode they have shapes and no numbers."""
+    family.parts |= {part: sketched(kind, family.source.config(family.spec.components[part]), dtype)
+                     for part, kind in family.kinds.items()}
+
+
+def tokenizer(spec: FamilySpec, part: str) -> str:
+    """The component of a text encoder's tokenizer."""
+    return spec.components[part].replace("text_encoder", "tokenizer")
 
 
 def locate(path: str, revision: str | None = None, variant: str | None = None) -> Source:
@@ -197,17 +236,32 @@ def _fetch(path: str, file: str, revision: str | None) -> Path:
         if not Path(path, file).is_file():
             raise FinetuneError(f"base.path: {path} has no {file}")
         return Path(path, file)
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
     if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise FinetuneError(f"base.path: there is no folder {path}")
+    # For this file and all that follow: what is in the cache is taken, and nobody is asked again and again for half a minute.
+    constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE or not answers(constants.ENDPOINT)
     try:
         return Path(hf_hub_download(path, file, revision=revision))
     except (OSError, HFValidationError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        reason = "offline, and not in the cache here" if constants.HF_HUB_OFFLINE else (str(e).strip() or type(e).__name__).splitlines()[0]
         raise Unreachable(f"base.path: {path} is neither `tiny`, nor a folder here, nor a hub model that can be reached\n"
                             f"    hub: {reason}") from None
+
+
+@cache
+def answers(endpoint: str) -> bool:
+    """Whether somebody is there to be asked; behind a proxy it is taken for granted."""
+    where = urlsplit(endpoint)
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((where.hostname, where.port or {"http": 80}.get(where.scheme, 443)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def check_family(source: Source, spec: FamilySpec, known: list[str]) -> None:
@@ -240,89 +294,6 @@ def kind_of(source: Source) -> str:
     return xl or {768: "sd1", 1024: "sd2"}.get(width) or ("sd2" if unet.get("use_linear_projection") else "sd1")
 
 
-def layer(parts: dict[str, nn.Module], part: str, path: str) -> nn.Module | None:
-    """A module by its published name; transformers ≥ 5.6 drops `text_model.` in memory."""
-    for name in (path, path.removeprefix("text_model.")):
-        try:
-            return parts[part].get_submodule(name)
-        except (KeyError, AttributeError):
-            continue
-    return None
-
-
-def weight(parts: dict[str, nn.Module], part: str, path: str, role: str = "weight") -> nn.Parameter | None:
-    """The weight, or the bias, of a module by its published name. Of a quantized layer a copy, but within `merged`."""
-    try:
-        return layer(parts, part, path).get_parameter(role)
-    except AttributeError:
-        return None
-
-
-def touched(parts: dict[str, nn.Module], artifact: Artifact):
-    """(module, what it changes there, how): the roles of a change, or the tensor that the weight becomes."""
-    for (part, path), module in modules(artifact.tensors).items():
-        if artifact.kind in WHOLE:
-            yield from ((f"{part}.{path}", weight(parts, part, path, role), tensor) for role, tensor in module.items())
-        else:
-            yield f"{part}.{path}", weight(parts, part, path), module
-
-
-def misfits(parts: dict[str, nn.Module], artifact: Artifact) -> list[str]:
-    """The modules of an adapter that these parts do not have, or have in another shape."""
-    if artifact.kind == "embedding":
-        return tokens.misfits(parts, {name.partition(".")[0]: t for name, t in artifact.tensors.items()})
-    if artifact.kind == "control":
-        return _control.misfits(parts["denoiser"], artifact.tensors)
-    found = []
-    for stem, p, how in touched(parts, artifact):
-        if p is None:
-            found.append(f"{stem}: the base has no such module")
-        elif why := misfit({"diff": how} if isinstance(how, Tensor) else how, p):
-            found.append(f"{stem}: {why}")
-    return found
-
-
-@torch.no_grad()
-def merge(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Add what each adapter changes in these weights, times its strength; summed in float32 and rounded once.
-
-    What depends on the weight, as in a DoRA, is made from the weight as it was before, so that the order of the adapters
-    does not matter. Returns what the weights were. Raises FinetuneError, with nothing changed, when one does not fit."""
-    if any(artifact.kind in ("embedding", "control") for artifact, _ in adapters):
-        raise FinetuneError("a learned token or a control branch cannot be merged into weights: it stays beside the model")
-    wrong = [misfit for artifact, _ in adapters for misfit in misfits(parts, artifact)]
-    if wrong:
-        count = len({key for artifact, _ in adapters for key in modules(artifact.tensors)})
-        raise FinetuneError("\n    ".join([f"the adapter does not fit this base: {len(wrong)} of {count} modules", *wrong[:5]]))
-    before: dict[nn.Parameter, Tensor] = {}
-    sums: dict[nn.Parameter, Tensor] = {}
-    for artifact, strength in adapters:
-        for _, p, how in touched(parts, artifact):
-            before.setdefault(p, p.detach().clone())
-            sums.setdefault(p, p.float())
-            if isinstance(how, Tensor):     # at 1 exactly that, since p − p is 0
-                sums[p] = sums[p] - p.float() + torch.lerp(p.float(), how.to(p.device).float().reshape(p.shape), strength)
-            else:
-                sums[p] = sums[p] + strength * change(how, p)
-    for p, value in sums.items():
-        p.copy_(value)
-    return list(before.items())
-
-
-@contextmanager
-def merged(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]):
-    """Inside, the weights hold the merged adapters; afterwards, what they were, bit for bit."""
-    changed = (layer(parts, *key) for artifact, _ in adapters for key in modules(artifact.tensors))
-    with whole(m for each in changed if each is not None for m in each.modules()):
-        before = merge(parts, adapters)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for p, value in before:
-                    p.copy_(value)
-
-
 def write(family, path: Path, dtype: torch.dtype) -> None:
     """The family as a diffusers folder, all or nothing, in place of an older one. FinetuneError when the disk refuses."""
     staging = path.with_name(f".{path.name}.part")
@@ -335,6 +306,20 @@ def write(family, path: Path, dtype: torch.dtype) -> None:
         raise FinetuneError(f"{path}: cannot be written: {e}; nothing is left behind") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def save(family, folder: Path, dtype: torch.dtype) -> None:
+    """A diffusers folder with the weights in `dtype`, under the published names."""
+    for module in family.parts.values():
+        module.to(dtype)
+    for words in family.tokenizers.values():        # how they were last called would be saved with them
+        words.backend_tokenizer.no_padding()
+        words.backend_tokenizer.no_truncation()
+    family.pipeline().save_pretrained(folder)
+    for part in family.spec.encoders:
+        publish_text_encoder(folder / family.spec.components[part])
+        words = family.tokenizers[part].backend_tokenizer.model
+        words.save(str(folder / tokenizer(family.spec, part)))      # vocab.json, merges.txt
 
 
 def publish_text_encoder(folder: Path) -> None:

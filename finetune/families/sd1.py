@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from finetune.families import _unet
+from finetune.families import _unet, base
 from finetune.families._clip import Clip
 from finetune.families.base import FamilySpec
 
@@ -16,5 +16,5 @@ SPEC = FamilySpec(
 )
 TEXT = {"text": Clip()}
 
-load = partial(_unet.load, SPEC, TEXT)
 outline = partial(_unet.outline, SPEC, TEXT)
+load = partial(base.load, outline)

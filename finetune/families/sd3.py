@@ -4,8 +4,7 @@ may be missing, a VAE of 16 channels (Esser et al. 2024).
 Shapes: B batch · L tokens · D text width · P pooled width · C latent channels · H W pixels · h w = H W / VAE stride.
 """
 
-from functools import cached_property
-from pathlib import Path as Folder
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -16,12 +15,10 @@ from finetune import registry
 from finetune.batch import Conditioning
 from finetune.diffusion.path import RectifiedFlow
 from finetune.errors import FinetuneError
-from finetune.families import _clip, _latents
+from finetune.families import _clip, _latents, base
 from finetune.families._clip import Clip
 from finetune.families._altered import altered
-from finetune.families.base import (
-    Changes, FamilySpec, Parts, Source, check_family, locate, publish_text_encoder, sketched, vocabulary,
-)
+from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
 from finetune.tokens import Learned
 
 # Where text and picture meet; without patterns that not every version has: only 3.5 medium has an attn2, of the picture alone.
@@ -31,15 +28,14 @@ ATTENTION = ("*.attn*.to_q", "*.attn*.to_k", "*.attn*.to_v", "*.attn*.to_out.0")
 FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2", "*.ff_context.net.0.proj", "*.ff_context.net.2")
 SPEC = FamilySpec(
     name="sd3",
-    components={"denoiser": "transformer", "text": "text_encoder", "text_2": "text_encoder_2", "t5": "text_encoder_3",
+    components={"denoiser": "transformer", "text": "text_encoder", "text_2": "text_encoder_2", "text_3": "text_encoder_3",
                 "vae": "vae"},
-    kohya={"denoiser": "lora_unet", "text": "lora_te1", "text_2": "lora_te2"},
+    kohya={"denoiser": "lora_unet", "text": "lora_te1", "text_2": "lora_te2", "t5": "lora_te3"},
     base_version="sd3",
     architecture="stable-diffusion-3",
     targets={"cross_attention": JOINT, "attention": ATTENTION, "feed_forward": FEED_FORWARD, "all": ATTENTION + FEED_FORWARD},
     joint=True,
 )
-TOKENIZERS = {"text": "tokenizer", "text_2": "tokenizer_2", "t5": "tokenizer_3"}
 CLIPS, CLIP = ("text", "text_2"), Clip(hidden=-2, pooled=True)
 LENGTH = 256        # tokens of T5, what diffusers' pipeline samples with; its training script takes 77 unless told
 
@@ -50,6 +46,9 @@ class Sd3:
     spec = SPEC
     shows = None                            # what it is shown beside noisy latents: nothing
     learned: Learned | None = None          # the tokens that were added to the CLIPs' own; T5 reads their names
+    vae_config, stride = cached_property(_latents.config), cached_property(_latents.stride)
+    moments, latents, decode_latents = _latents.moments, _latents.sample, _latents.decode
+    pieces, sketch, save = _clip.pieces, sketch, save
 
     def __init__(self, source: Source, parts: dict[str, nn.Module], tokenizers: dict[str, object], scheduler):
         self.source, self.parts, self.tokenizers, self.scheduler = source, parts, tokenizers, scheduler
@@ -68,33 +67,9 @@ class Sd3:
         self._long = long
 
     @cached_property
-    def vae_config(self) -> dict:
-        return self.source.config("vae")
-
-    @cached_property
-    def stride(self) -> int:
-        """Pixels per latent, along each axis."""
-        return _latents.stride(self.source.config("vae"))
-
-    @cached_property
     def step(self) -> int:
         """What the sides of a picture have to be multiples of: latents are seen in patches."""
         return self.stride * self.source.config("transformer")["patch_size"]
-
-    def moments(self, pixels_B3HW: Tensor) -> Tensor:
-        return _latents.moments(self.parts["vae"], pixels_B3HW)
-
-    def latents(self, moments: Tensor, noise_BChw: Tensor) -> Tensor:
-        return _latents.sample(self.vae_config, moments, noise_BChw)
-
-    def decode_latents(self, latents_BChw: Tensor) -> Tensor:
-        return _latents.decode(self.parts["vae"], latents_BChw)
-
-    def pieces(self, caption: str) -> tuple[list[list[int]], list[int]]:
-        """The tokens that the CLIPs take of a caption, which are one piece, and those that they do not."""
-        words = self.tokenizers["text"]
-        ids = words(caption, add_special_tokens=False, verbose=False).input_ids
-        return _clip.split(self.learned.spelled(ids) if self.learned else ids, words.model_max_length - 2, 1)
 
     def cut_text(self, caption: str) -> str:
         """The end of the caption that would be lost unordered: unless it is empty, `encode_text` refuses the caption."""
@@ -102,9 +77,9 @@ class Sd3:
 
     def cut_prompt(self, prompt: str) -> str:
         """The end that no encoder reads. Where there is a T5, the CLIPs take the beginning alone, as in diffusers."""
-        if "t5" not in self.tokenizers:
+        if "text_3" not in self.tokenizers:
             return self.tokenizers["text"].decode(self.pieces(prompt)[1])
-        words = self.tokenizers["t5"]
+        words = self.tokenizers["text_3"]
         return words.decode(words(prompt, add_special_tokens=False, verbose=False).input_ids[LENGTH - 1:])
 
     def encode_text(self, captions: list[str]) -> Conditioning:
@@ -112,9 +87,7 @@ class Sd3:
         StableDiffusion3Pipeline has them.
 
         Raises FinetuneError for a caption that would be cut, unless `long: truncate` orders it."""
-        for caption in captions:
-            if cut := self.cut_text(caption):
-                raise FinetuneError(f"a caption is too long for the text encoders; it would lose {cut!r}:\n    {caption}")
+        _clip.refuse_cut(self, captions)
         pieces = [self.pieces(caption)[0][0] for caption in captions]
         found = [_clip.states(self.parts[part], self.tokenizers[part], pieces, CLIP) for part in CLIPS]
         clips, t5 = torch.cat([states for states, _ in found], -1), self.read(captions)
@@ -125,15 +98,43 @@ class Sd3:
         """T5's states, (B, 256, D) float32. Without it zeros, as in diffusers: the network was trained with each encoder left
         out now and then (Esser et al. 2024)."""
         denoiser = self.parts["denoiser"]
-        if "t5" not in self.parts:
+        if "text_3" not in self.tokenizers:
             return torch.zeros(len(captions), LENGTH, denoiser.config.joint_attention_dim, device=denoiser.device)
-        ids = self.tokenizers["t5"](captions, padding="max_length", max_length=LENGTH, truncation=True,
+        ids = self.tokenizers["text_3"](captions, padding="max_length", max_length=LENGTH, truncation=True,
                                     return_tensors="pt", verbose=False).input_ids
-        return self.parts["t5"](ids.to(self.parts["t5"].device)).last_hidden_state.float()
+        return self.parts["text_3"](ids.to(self.parts["text_3"].device)).last_hidden_state.float()
 
     def text_settings(self) -> list:
         """All that decides text states beside the encoders themselves."""
         return [self.long, LENGTH, *([vocabulary(words), words.pad_token_id] for words in self.tokenizers.values())]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth saying before a run."""
+        clips = self.tokenizers["text"].model_max_length - 2
+        t5 = f"its T5 reads {LENGTH - 1} tokens of a caption, its CLIPs the first {clips} of them" if "text_3" in self.tokenizers \
+            else f"it is taken without a T5: its CLIPs read {clips} tokens of a caption"
+        return (*self.source.notes, t5)
+
+    @property
+    def kinds(self) -> dict[str, type[nn.Module]]:
+        """The class of each part; a T5 without a vocabulary is none."""
+        import diffusers
+        import transformers
+
+        clip = transformers.CLIPTextModelWithProjection
+        t5 = {"text_3": transformers.T5EncoderModel} if "text_3" in self.tokenizers else {}
+        return {"denoiser": diffusers.SD3Transformer2DModel, "text": clip, "text_2": clip, **t5, "vae": diffusers.AutoencoderKL}
+
+    def load_part(self, part: str, dtype: torch.dtype) -> nn.Module:
+        """A part as the source has it."""
+        found = self.source.load(self.kinds[part], SPEC.components[part], dtype)
+        if part in CLIPS:
+            _clip.end_at(found, self.tokenizers[part].eos_token_id)
+        for path, layer in found.named_modules() if part == "text_3" and dtype == torch.float16 else ():
+            if path.endswith(".wo"):        # these overflow in float16: transformers holds them in float32 too
+                layer.float()
+        return found
 
     def denoise(self, x_BChw: Tensor, t_B: Tensor, conditioning: Conditioning, geometry_B6: Tensor) -> Tensor:
         """The network's prediction, (B, C, h, w) float32. It is not told the geometry."""
@@ -145,26 +146,12 @@ class Sd3:
         """The diffusers pipeline over these very parts; one that draws no pictures has no VAE."""
         import diffusers
 
-        components = dict.fromkeys([*TOKENIZERS.values(), *SPEC.components.values()])
-        components |= {SPEC.components[part]: self.parts[part] for part in present(self.tokenizers) if draws or part != "vae"}
-        components |= {TOKENIZERS[part]: words for part, words in self.tokenizers.items()}
+        components = dict.fromkeys([*SPEC.components.values(), "tokenizer_3"])
+        components |= {SPEC.components[part]: self.parts[part] for part in self.kinds if draws or part != "vae"}
+        components |= {tokenizer(SPEC, part): words for part, words in self.tokenizers.items()}
         # A scheduler of its own: sampling rewrites its tables.
         components["scheduler"] = type(self.scheduler).from_config(self.scheduler.config)
         return diffusers.StableDiffusion3Pipeline(**components)
-
-    def sketch(self, dtype: torch.dtype) -> None:
-        """Give an outline its parts from their configs alone; inside a FakeTensorMode they have shapes and no numbers."""
-        self.parts |= {part: sketched(kind(part), self.source.config(SPEC.components[part]), dtype)
-                       for part in present(self.tokenizers)}
-
-    def save(self, folder: Folder, dtype: torch.dtype) -> None:
-        """A diffusers folder with the weights in `dtype`, under the published names."""
-        for module in self.parts.values():
-            module.to(dtype)
-        self.pipeline().save_pretrained(folder)
-        for part in CLIPS:
-            publish_text_encoder(folder / SPEC.components[part])
-            self.tokenizers[part].backend_tokenizer.model.save(str(folder / TOKENIZERS[part]))  # vocab.json, merges.txt
 
 
 def noising(config) -> RectifiedFlow:
@@ -175,42 +162,13 @@ def noising(config) -> RectifiedFlow:
     return RectifiedFlow(config.shift)
 
 
-def load(path: str, dtype: torch.dtype = torch.float32, revision: str | None = None, variant: str | None = None,
-         changes: Changes = Changes()) -> Sd3:
-    """The base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is another family's."""
-    bare = outline(path, revision, variant, changes)
-
-    def part(name: str) -> nn.Module:
-        found = bare.source.load(kind(name), SPEC.components[name], dtype)
-        if name in CLIPS:
-            _clip.end_at(found, eos[name])
-        for path, layer in found.named_modules() if name == "t5" and dtype == torch.float16 else ():
-            if path.endswith(".wo"):        # these overflow in float16: transformers holds them in float32 too
-                layer.float()
-        return found
-
-    eos = {name: words.eos_token_id for name, words in bare.tokenizers.items()}
-    return Sd3(bare.source, Parts(part, present(bare.tokenizers)), bare.tokenizers, bare.scheduler)
-
-
-def present(tokenizers: dict[str, object]) -> list[str]:
-    """The parts: a T5 without a vocabulary is none."""
-    return [part for part in SPEC.components if part != "t5" or part in tokenizers]
-
-
-def kind(part: str) -> type[nn.Module]:
-    """The class of a part."""
-    import diffusers
-    import transformers
-
-    return {"denoiser": diffusers.SD3Transformer2DModel, "vae": diffusers.AutoencoderKL,
-            "t5": transformers.T5EncoderModel}.get(part, transformers.CLIPTextModelWithProjection)
-
-
 def outline(path: str, revision: str | None = None, variant: str | None = None, changes: Changes = Changes()) -> Sd3:
     """The base without its parts and their weights: enough to count tokens and to plan sizes."""
     source = locate(path, revision, variant)
     check_family(source, SPEC, registry.names("families"))
     source = altered(source, SPEC, changes)
-    spoken = [part for part in TOKENIZERS if part != "t5" or source.has("text_encoder_3") and source.has("tokenizer_3")]
-    return Sd3(source, {}, {part: source.tokenizer(TOKENIZERS[part]) for part in spoken}, source.scheduler())
+    spoken = [*CLIPS, *(["text_3"] if source.has("text_encoder_3") and source.has("tokenizer_3") else [])]
+    return Sd3(source, {}, {part: source.tokenizer(tokenizer(SPEC, part)) for part in spoken}, source.scheduler())
+
+
+load = partial(base.load, outline)

@@ -4,7 +4,7 @@ The UNet is told six numbers of each picture: its original height and width, whe
 
 from functools import partial
 
-from finetune.families import _unet
+from finetune.families import _unet, base
 from finetune.families._clip import Clip
 from finetune.families.base import FamilySpec
 
@@ -19,5 +19,5 @@ SPEC = FamilySpec(
 )
 TEXT = {"text": Clip(hidden=-2), "text_2": Clip(hidden=-2, pooled=True)}
 
-load = partial(_unet.load, SPEC, TEXT)
 outline = partial(_unet.outline, SPEC, TEXT)
+load = partial(base.load, outline)

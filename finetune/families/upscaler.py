@@ -4,7 +4,7 @@ The UNet has 7 input channels, the last three the small picture's, and is told b
 
 from functools import partial
 
-from finetune.families import _unet
+from finetune.families import _unet, base
 from finetune.families._clip import Clip
 from finetune.families.base import FamilySpec
 
@@ -18,5 +18,5 @@ SPEC = FamilySpec(
 )
 TEXT = {"text": Clip()}
 
-load = partial(_unet.load, SPEC, TEXT)
 outline = partial(_unet.outline, SPEC, TEXT)
+load = partial(base.load, outline)

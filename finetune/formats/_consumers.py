@@ -63,7 +63,8 @@ WHOLE = (
     (r"(encoder|decoder|quant_conv|post_quant_conv)\..*", "++!+?+?+?"),
 )
 FORGE_LIMIT = 12        # of keys that it does not know
-SEEN_BY_INVOKEAI = re.compile(r"lora_unet_\w+_attn2_to_[kv]$|lora_te\w*_self_attn_|lora_unet_\w+time_emb_proj$")
+SEEN_BY_INVOKEAI = re.compile(r"lora_unet_\w+(_attn2_to_[kv]|_time_emb_proj)$|lora_te\w*_self_attn_")
+DEEP = re.compile(r"lora_unet_\w+_transformer_blocks_([2-9]|\d\d)_")       # as no UNet's but SDXL's
 SEEN_BY_DRAW_THINGS = re.compile(r".*(down_blocks_1_attentions_0|input_blocks_4_1)_transformer_blocks_0_attn2_to_k$")
 
 
@@ -145,6 +146,9 @@ def _reading(tool: str, i: int, marked: list, header: Header, family: str) -> Re
             mark, said = "-", "of a file with .lora_A and .lora.down it reads the half that its first name belongs to"
         if mark == "+" and tool == "diffusers" and alpha is not None and "lora_A" in keys and alpha != alphas.most_common(1)[0][0]:
             mark, said = "x", "it gives every module the most frequent alpha"
+        rank = next((header.tensors[keys[role]][1][0] for role in ("lora_A", "hada_w1_b") if role in keys), 0)
+        if mark == "+" and tool == "stable-diffusion.cpp" and alpha is not None and rank == 1:
+            mark, said = "x", "it takes the inputs for the rank where that is 1"      # ggml drops axes of length 1: lora.hpp
         if mark == "!":
             return Reading(tool, 0, total, "refused", said)
         unknown += len(keys) if mark == "-" else 0
@@ -154,7 +158,7 @@ def _reading(tool: str, i: int, marked: list, header: Header, family: str) -> Re
     probed = [module for module, keys, *_ in marked if keys.keys() & {"lora_A", "hada_w1_a", "lokr_w2", "diff"}]
     if tool == "Forge" and unknown > FORGE_LIMIT:
         return Reading(tool, 0, total, "refused", f"{unknown} of its names are unknown there, and more than {FORGE_LIMIT} are too many")
-    if tool == "InvokeAI" and family in UNET and not any(SEEN_BY_INVOKEAI.search(module) for module in probed):
+    if tool == "InvokeAI" and family in UNET and not _seen_by_invokeai(probed, family):
         return Reading(tool, 0, total, "refused", "it recognises a file by attn2 to_k or to_v, or by a text encoder's attention")
     if tool == "Draw Things" and not any(SEEN_BY_DRAW_THINGS.match(module.replace(".", "_")) for module in probed):
         return Reading(tool, 0, total, "refused", "it recognises a file by attn2 to_k of the second level")
@@ -162,6 +166,16 @@ def _reading(tool: str, i: int, marked: list, header: Header, family: str) -> Re
     outcome = "loads fully" if right == total else f"wrongly {right}/{total}" if outcomes["x"] else \
         f"partially {right}/{total}" if right else "ignored"
     return Reading(tool, right, total, outcome, "; ".join(why.values()))
+
+
+def _seen_by_invokeai(probed: list[str], family: str) -> bool:
+    """Whether it finds the family: by the first module whose inputs it knows the width of, and resnets' are SDXL's for it. Of
+    two text encoders it wants both (6.14.2, model_util.py, lora_token_vector_length; configs/lora.py, _get_base_or_raise)."""
+    known = [module for module in probed if SEEN_BY_INVOKEAI.match(module)]
+    if family != "sdxl":
+        return bool(known) and not known[0].endswith("_time_emb_proj")
+    encoders = {module[:8] for module in known if module.startswith("lora_te")}
+    return len(encoders) == 2 or any(module.startswith("lora_unet") for module in known) or any(map(DEEP.match, probed))
 
 
 def _whole(tool: str, mark: str) -> Reading:

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 # The kinds, by a role that only they have; of a file that mixes them the first counts.
 KINDS = {"dora_scale": "dora", "hada_w1_a": "loha", "lokr_w1": "lokr", "oft_blocks": "oft", "diff": "difference",
-         "lora_A": "lora"}
-# What a module has of one kind: all of a row, and beside it no more than alpha and dora_scale.
+         "diff_b": "difference", "lora_A": "lora"}
+# What a module has of one kind: all of a row, and beside it no more than alpha, dora_scale and diff_b.
 WHOLE = (("lora_A", "lora_B"), ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("lokr_w1", "lokr_w2"),
          ("oft_blocks",), ("diff",))
 # Further roles that a file may have, and that are multiplied out.
 FACTORS = ("lora_mid", "hada_t1", "hada_t2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-ROLES = (*(role for row in WHOLE for role in row), *FACTORS, "alpha", "dora_scale")
+ROLES = (*(role for row in WHOLE for role in row), *FACTORS, "alpha", "dora_scale", "diff_b")
 MOST_SCALE = 1e4            # alpha / rank
 MOST_NUMBERS = 2 ** 28      # in a weight: the largest of the families here has 2 ** 24
 SAID = {"lora_A": "its down half (lora_A)", "lora_B": "its up half (lora_B)"}
@@ -46,12 +46,17 @@ def settle(stem: str, found: Mapping[str, Tensor], alpha: Callable[[int], float]
 
     shapes = " and ".join(str(tuple(t.shape)) for role, t in found.items() if role != "alpha")
     try:
-        t, scale = _multiplied_out(dict(found))
+        if odd := [role for role, tensor in found.items() if not (tensor.is_floating_point() or role == "alpha")]:
+            raise FinetuneError(f"{stem}.{odd[0]} has numbers of the type {str(found[odd[0]].dtype).removeprefix('torch.')}: nothing trained")
+        # Numbers of 8 bits are all there in 16, and can be reckoned with.
+        t, scale = _multiplied_out({role: tensor.half() if tensor.itemsize == 1 else tensor for role, tensor in found.items()})
         wanted = max(WHOLE, key=lambda row: sum(role in t for role in row))
+        if not t.keys() & set(wanted):
+            raise FinetuneError(f"{stem} has nothing but {', '.join(sorted(t))}: the file is incomplete")
         if missing := [role for role in wanted if role not in t]:
             said = ", ".join(SAID.get(role, role) for role in missing)
             raise FinetuneError(f"{stem} lacks {said}: the file is incomplete")
-        if more := sorted(t.keys() - {*wanted, "alpha", "dora_scale"}):
+        if more := sorted(t.keys() - {*wanted, "alpha", "dora_scale", "diff_b"}):
             raise FinetuneError(f"{stem} has {', '.join(more)} beside {', '.join(wanted)}: which change is meant?")
         rank = (t.get("lora_A", t.get("hada_w1_b", t[wanted[0]])).shape or (0,))[0]
         given = torch.as_tensor(t.pop("alpha", alpha(rank)), dtype=torch.float32)
@@ -69,7 +74,10 @@ def settle(stem: str, found: Mapping[str, Tensor], alpha: Callable[[int], float]
             t["alpha"] = given if fixed is None else torch.tensor(fixed)
         if "dora_scale" in t and t["dora_scale"].ndim < 2:
             raise FinetuneError(f"{stem}.dora_scale has the shape {tuple(t['dora_scale'].shape)}: of rows or of columns?")
-        if not rank or any(tensor.ndim < 2 for role, tensor in t.items() if role != "alpha"):
+        if "oft_blocks" in t and t["oft_blocks"].ndim != 3:
+            raise FinetuneError(f"{stem}.oft_blocks has the shape {tuple(t['oft_blocks'].shape)}: a BOFT, which is not read")
+        flat = {"diff": 1, "diff_b": 1, "alpha": 0}
+        if not rank or any(tensor.ndim < flat.get(role, 2) for role, tensor in t.items()):
             raise IndexError
         if (size := core({role: tensor.to("meta") for role, tensor in t.items()}).numel()) > MOST_NUMBERS:
             raise FinetuneError(f"{stem}: tensors of {shapes} make a change of {size:,} numbers: more than any layer has")

@@ -7,21 +7,23 @@ are wanted.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import registry
 from finetune.artifact import (
-    Artifact, Header, fold_alpha, modules, read_header, read_tensors, weights_of, write_safetensors,
+    WHOLE, Artifact, Header, data_of, fold_alpha, modules, read_header, read_tensors, weights_of, write_safetensors,
 )
 from finetune.errors import FinetuneError
 from finetune.families._vae import to_ldm
-from finetune.formats._dialects import renamed, translated
+from finetune.formats._dialects import place, translated
 from finetune.formats._modules import kind_of, settle
 from finetune.formats._tokens import is_bare, is_named, rows, shapes, token
 
@@ -40,7 +42,6 @@ def load(path: str | Path, spec: FamilySpec) -> Artifact:
     header = read_header(path)
     try:
         facts = identify(header)
-        header = plain(header)
         if facts["family"] not in (None, spec.name):
             raise FinetuneError(f"is for {facts['family']}, and the base is {spec.name}: their layers differ")
         said = header.metadata if facts["kind"] != "embedding" else {"ss_output_name": token(path)} | header.metadata
@@ -48,9 +49,9 @@ def load(path: str | Path, spec: FamilySpec) -> Artifact:
         for name in registry.names("formats"):
             module = registry.find("formats", name)
             if module.reads(header):
-                return module.decode(translated(read_tensors(path)), said, spec)
+                return module.decode(read_tensors(path), said, spec)
         raise FinetuneError(
-            f"no format reads it: kind {facts['kind'] or 'unknown'}, keys {_some(list(header.tensors))}\n"
+            f"no format reads it: kind {facts['kind'] or 'unknown'}, keys {_some(list(header.tensors)) or 'none'}\n"
             f"    formats: {', '.join(registry.names('formats'))}; `finetune inspect` says more about it"
         )
     except FinetuneError as error:
@@ -58,8 +59,8 @@ def load(path: str | Path, spec: FamilySpec) -> Artifact:
 
 
 def plain(header: Header) -> Header:
-    """The header of the same file in the words of `kohya` and `diffusers`."""
-    names = renamed(header.tensors)
+    """The header of the same file under the names of `_dialects`."""
+    names = {name: place(name) or name for name in header.tensors}
     return Header({names[name]: facts for name, facts in header.tensors.items()}, header.metadata,
                   {names.get(name, name): value for name, value in header.scalars.items()})
 
@@ -71,7 +72,7 @@ def _config_beside(path: Path, header: Header) -> dict[str, str]:
         return {}
     try:
         fields = json.loads(config.read_text(encoding="utf-8"))
-        parts = {name.partition(".")[0] for name in header.tensors}
+        parts = {name.partition(".")[0] for name in plain(header).tensors}
         return {DIFFUSERS_METADATA: json.dumps({f"{part}.{key}": value for part in sorted(parts) for key, value in fields.items()})}
     except (OSError, ValueError, AttributeError) as error:
         raise FinetuneError(f"its {config.name} cannot be read: {error}") from None
@@ -80,49 +81,47 @@ def _config_beside(path: Path, header: Header) -> dict[str, str]:
 def save(artifact: Artifact, path: str | Path, format_name: str, spec: FamilySpec) -> None:
     """Write an adapter in one format. FinetuneError for a format that is unknown or cannot hold it, or a full disk."""
     check_kind(format_name, artifact.kind)
-    write_safetensors(path, *registry.find("formats", format_name).encode(artifact, spec))
+    tensors, metadata = registry.find("formats", format_name).encode(artifact, spec)
+    # Of the tensors alone: what A1111 and its relatives know an adapter by, and would else compute when they first see it.
+    found = hashlib.sha256()
+    for data in data_of(tensors):
+        found.update(data)
+    write_safetensors(path, tensors, metadata | {"sshs_model_hash": found.hexdigest(), "modelspec.hash_sha256": f"0x{found.hexdigest()}"})
 
 
 def check_kind(format_name: str, kind: str, field: str = "") -> None:
     """Raise FinetuneError, about this field of the recipe, when adapters of this kind cannot be written in the format."""
     able = [name for name in registry.names("formats") if kind in registry.find("formats", name).KINDS]
     if registry.check("formats", format_name) not in able:
-        lost = "the magnitudes would be lost" if kind == "dora" else "all of it would be lost"
-        raise FinetuneError(f"{field}{format_name} cannot hold adapters of the kind {kind}; {', '.join(able)} can ({lost})")
+        lost = {"dora": "the magnitudes", "difference": "whole differences, of weights, biases and norms,"}.get(kind, "all of it")
+        raise FinetuneError(f"{field}{format_name} cannot hold adapters of the kind {kind}; {', '.join(able)} can ({lost} would be lost)")
 
 
-Place = tuple[str, str, str]  # part, module path, role: one of `_modules.ROLES`
-
-
-def gather(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    spec: FamilySpec,
-    locate: Callable[[str], Place | None],
-    alpha: Callable[[str, str, int], float] = lambda part, path, rank: rank,
-) -> Artifact:
-    """Build an adapter from a file's tensors: `locate` places each key, `alpha` gives what has no tensor for it.
+def gather(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
+    """The adapter in a file's tensors, whichever tool's names they have. An alpha that has no tensor stands in
+    `lora_adapter_metadata`; without that the scale is 1.
 
     FinetuneError for a key without a place, two keys for one place, and as in `settle`.
     """
-    places = {key: locate(key) for key in tensors}
-    lost = [key for key, place in places.items() if place is None]
+    parts = {component: part for part, component in spec.components.items()}
+    lost = [name for name in tensors if (place(name) or "").partition(".")[0] not in parts]
     if lost:
         raise FinetuneError(f"{_some(lost)}: no name of an adapter for {spec.name}")
-    found: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for key, (part, path, role) in places.items():
-        module = found.setdefault((part, path), {})
-        if role in module:
-            raise FinetuneError(f"{key!r} and another key both mean '{part}.{path}.{role}'")
-        module[role] = tensors[key].contiguous()
-
-    result = {}
-    for (part, path), module in sorted(found.items()):
-        stem = f"{part}.{path}"
-        settled = settle(stem, module, partial(alpha, part, path))
+    configs, result = peft_configs(metadata), {}
+    for (component, path), roles in modules(translated(tensors)).items():
+        stem = f"{parts[component]}.{path}"
+        settled = settle(stem, roles, partial(_alpha, configs.get(component, {}), path))
         result |= {f"{stem}.{role}": tensor for role, tensor in settled.items()}
     kept = {key: value for key, value in metadata.items() if key != DIFFUSERS_METADATA}
     return Artifact(kind_of(result), spec.name, fold_alpha(result), kept)
+
+
+def _alpha(config: dict, path: str, rank: int) -> float:
+    """What peft's config of a part says; the rule is peft's."""
+    patterns = config.get("alpha_pattern", {}).items()
+    matching = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", path))
+    value = next(matching, config.get("lora_alpha", config.get("alpha", rank)))
+    return value * math.sqrt(rank) if config.get("use_rslora") else value
 
 
 def whole_part(part: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
@@ -137,14 +136,25 @@ def bare(artifact: Artifact) -> dict[str, Tensor]:
 
 def ldm_vae(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) in the names of LDM, bare: the one file of a VAE that every tool reads."""
-    said = {"modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{spec.architecture}/vae"}
-    return to_ldm(bare(artifact)), common_metadata(artifact) | said
+    return to_ldm(bare(artifact)), common_metadata(artifact, spec)
 
 
-def common_metadata(artifact: Artifact) -> dict[str, str]:
-    """The metadata of a file in any format: the artifact's own, its kind and its family."""
-    own = {key: value for key, value in artifact.metadata.items() if key != DIFFUSERS_METADATA}
-    return own | {"finetune.kind": artifact.kind, "finetune.family": artifact.family}
+def common_metadata(artifact: Artifact, spec: FamilySpec) -> dict[str, str]:
+    """The metadata of a file in any format: the artifact's own, and what A1111, Forge and SD.Next sort and label files by."""
+    own = {key: value for key, value in artifact.metadata.items() if key not in (DIFFUSERS_METADATA, "sshs_legacy_hash")}
+    size = None if artifact.kind in (*WHOLE, "embedding") else rank_and_alpha(artifact.tensors)
+    ranked = {"ss_network_dim": str(size[0]), "ss_network_alpha": str(number(size[1]))} if size else {}
+    what = {"vae": "vae", "embedding": "textual-inversion", "control": "controlnet"}.get(artifact.kind, "lora")
+    return own | ranked | {
+        "finetune.kind": artifact.kind,
+        "finetune.family": artifact.family,
+        "ss_base_model_version": spec.base_version,
+        "ss_v2": str(spec.base_version.startswith("sd_v2")),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{spec.architecture}/{what}",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": own.get("modelspec.title", own.get("ss_output_name", f"{spec.name} {what}")),
+    }
 
 
 def rank_and_alpha(tensors: Mapping[str, Tensor]) -> tuple[int, float] | None:
@@ -162,7 +172,9 @@ def peft_configs(metadata: Mapping[str, str]) -> dict[str, dict]:
             component, _, field = key.partition(".")
             configs.setdefault(component, {})[field] = value
         for config in configs.values():
-            alphas = config.get("alpha_pattern", {}) | {"": config.get("lora_alpha", 1)}
+            if not (isinstance(config.get("r", 1), int) and isinstance(config.get("rank_pattern", {}), dict)):
+                raise TypeError("a rank that is no number")
+            alphas = config.get("alpha_pattern", {}) | {"": config.get("lora_alpha", config.get("alpha", 1))}
             for pattern, alpha in alphas.items():
                 if re.search(r"[^\w.^$|()\\*-]", pattern) or pattern.count("*") > 2 or "(" in pattern:
                     raise ValueError(f"the pattern {pattern!r}")        # one from outside that could take for ever
@@ -189,8 +201,8 @@ _KINDS = (
     (r"\.hada_w1_", "loha", None),
     (r"\.lokr_w", "lokr", None),
     (r"\.oft_(blocks|R)\b", "oft", "peft"),
+    (r"\.diff(_b)?$", "difference", None),
     (r"\.lora_(down|up|A|B)\b|[._]lora\.(down|up)\.|\.lora_linear_layer\.", "lora", None),
-    (r"^(lora_|unet\.|text_encoder).*\.diff$", "difference", None),
     (r"^(emb_params|clip_l|clip_g)$", "embedding", "webui"),
     (r"^controlnet_cond_embedding\.", "control", "diffusers"),
     (r"^model\.diffusion_model\.", "checkpoint", "single_file"),
@@ -202,7 +214,7 @@ _KINDS = (
 _PARTS = {
     "lora_unet": "denoiser", "unet": "denoiser", "transformer": "denoiser", "lora_transformer": "denoiser",
     "lora_te": "text", "lora_te1": "text", "text_encoder": "text",
-    "lora_te2": "text_2", "text_encoder_2": "text_2",
+    "lora_te2": "text_2", "text_encoder_2": "text_2", "text_encoder_3": "t5",
 }
 _FAMILY_OF_VERSION = {
     "sd_v1": "sd1", "sd_v2": "sd2", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux",
@@ -210,13 +222,14 @@ _FAMILY_OF_VERSION = {
     "stable-diffusion-3": "sd3", "sd_x4_upscaler": "upscaler", "stable-diffusion-x4-upscaler": "upscaler",
 }
 _FAMILY_OF_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+WIDTHS_OF_SD3 = {1536, 2432}        # of the medium and the large models; FLUX has the same names, and 3072
 # One tensor of every adapted module. The first group: those whose first axis is the rank, and whose second the input.
 _ONE = re.compile(r"[._](lora_down|lora_A|lora\.down|lora_linear_layer\.down|hada_w1_b)\b|\.(lokr_w1(_a)?|oft_blocks|diff)$")
 
 
 def identify(header: Header) -> dict:
     """What a header says: kind, format, family (None when unknown), ranks, alphas, modules by part."""
-    header = plain(header)
+    as_given, header = header, plain(header)
     names = header.tensors
     kind, format_name = next(
         ((kind, form) for pattern, kind, form in _KINDS if any(re.search(pattern, name) for name in names)),
@@ -224,7 +237,7 @@ def identify(header: Header) -> dict:
     )
     if kind is None and is_named(shapes(header)):
         kind, format_name = "embedding", "diffusers"
-    readers = (name for name in registry.names("formats") if registry.find("formats", name).reads(header))
+    readers = (name for name in registry.names("formats") if registry.find("formats", name).reads(as_given))
     format_name = next(readers, format_name)
     ones = {name: found for name in names if (found := _ONE.search(name))}
     prefixes = Counter(re.match(r"lora_[^_]+|[^.]*", name)[0] for name in ones)
@@ -248,14 +261,26 @@ def family_of(path: str | Path, said: str | None) -> str:
 
 def contradictions(header: Header) -> list[str]:
     """What the metadata say and the tensors do not. Of a small base's shapes nothing is known."""
-    facts, shaped, found = identify(header), _family_of_shapes(plain(header)), []
+    facts, shaped, said, found = identify(header), _family_of_shapes(plain(header)), header.metadata, []
     # Tokens of SDXL and of SD 3 look the same.
     if shaped and shaped != facts["family"] and not (facts["family"] == "sd3" and "clip_g" in header.tensors):
         found.append(f"its metadata say {facts['family']}, but its shapes are those of {shaped}")
-    dim = header.metadata.get("ss_network_dim", "")
-    if facts["kind"] == "lora" and facts["ranks"] and dim.isdecimal() and int(dim) not in facts["ranks"]:
-        found.append(f"its metadata say rank {dim}, but its tensors have {', '.join(map(str, facts['ranks'][:5]))}")
+    if facts["kind"] != "lora":
+        return found
+    ranks = [said.get("ss_network_dim", ""), *(str(config["r"]) for config in peft_configs(said).values()
+                                               if "r" in config and not config.get("rank_pattern"))]
+    found += [f"its metadata say rank {rank}, but its tensors have {_few(facts['ranks'])}" for rank in ranks
+              if rank.isdecimal() and facts["ranks"] and int(rank) not in facts["ranks"]]
+    # That of rsLoRA in LyCORIS is another in the file, and an alpha in half precision is a little off.
+    alpha, alphas = said.get("ss_network_alpha", ""), [value for name, value in header.scalars.items() if name.endswith(".alpha")]
+    if re.fullmatch(r"\d+(\.\d+)?", alpha) and alphas and "rs_lora" not in said.get("ss_network_args", "") and not any(
+            math.isclose(float(alpha), own, rel_tol=1e-2) for own in alphas):
+        found.append(f"its metadata say alpha {alpha}, but its tensors have {_few(facts['alphas'])}")
     return found
+
+
+def _few(values: list[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values[:5])
 
 
 def _family(header: Header) -> str | None:
@@ -263,22 +288,24 @@ def _family(header: Header) -> str | None:
     said = header.metadata
     if "finetune.family" in said:
         return said["finetune.family"]
-    if any("joint_blocks_" in name for name in header.tensors):
-        return "sd3"
     version = said.get("ss_base_model_version") or said.get("modelspec.architecture") or ""
     known = next((family for start, family in _FAMILY_OF_VERSION.items() if version.startswith(start)), None)
     return known or _family_of_shapes(header)
 
 
 def _family_of_shapes(header: Header) -> str | None:
-    keys = [name for name in header.tensors if re.search(r"attn2[._]to_k[._]", name)]
+    joint = {shape[-1] for name, (_, shape) in header.tensors.items()
+             if re.fullmatch(r"transformer\.transformer_blocks\.\d+\.(attn|ff)[._].*lora_A", name) and shape}
+    if any(name.startswith("transformer.joint_blocks.") for name in header.tensors) or joint & WIDTHS_OF_SD3:
+        return "sd3"
+    keys = [name for name in header.tensors if re.search(r"\.attn2\.to_k\.", name)]
     wide = [key for key in keys if (found := _ONE.search(key)) and found[1] or key.endswith(("to_k.weight", "to_k.diff"))]
     found = [header.tensors[key][1] for key in wide]
     if is_bare(header.tensors) or is_named(shapes(header)):
         found = [(2048,)] if "clip_g" in header.tensors else [*shapes(header).values()]
     family = next(filter(None, (_FAMILY_OF_WIDTH.get(shape[-1]) for shape in found if shape)), None)
     # Of SD 2 the lowest level has no attention; of the upscaler, as wide, the highest has none.
-    lowest = any(re.search(r"(down_blocks[._]3|up_blocks[._]0)[._]attentions", key) for key in keys)
+    lowest = any(re.search(r"(down_blocks\.3|up_blocks\.0)\.attentions", key) for key in keys)
     return "upscaler" if family == "sd2" and lowest else family
 
 

@@ -33,7 +33,7 @@ class Full:
 
     def install(self, family) -> None:
         self.family = family.spec.name
-        self.trains = ("denoiser", *(part for part in family.parts if self.text and part.startswith("text")))
+        self.trains = ("denoiser", *(family.spec.encoders if self.text else ()))
         if any(p.dtype == torch.float16 for part in self.trains for p in family.parts[part].parameters()):
             raise FinetuneError("base.dtype: float16 is too coarse for weights that are trained; use float32, or bfloat16 "
                                 "whose steps are rounded at random")

@@ -53,7 +53,7 @@ class Lora:
         self.family = family.spec.name
         self.setting = Setting(self.variant, self.factor, self.block, self.init, self.dropout, self.rank_dropout,
                                self.module_dropout)
-        encoders = [part for part in family.parts if part.startswith("text")] if self.text else []
+        encoders = family.spec.encoders if self.text else ()
         self.trains = ("denoiser", *encoders)
         planned = {part: self.plan(family, part) for part in self.trains}
         with torch.random.fork_rng():

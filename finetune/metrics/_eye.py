@@ -3,7 +3,8 @@
 Shapes: N pictures or texts, D features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -29,27 +30,40 @@ class Pixels:
         raise FinetuneError("pixels: they know no words; name a CLIP")
 
 
+@contextmanager
+def refusing(path: str, advice: str) -> Iterator[None]:
+    """Inside, what transformers makes of files that it cannot use is a FinetuneError."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError) as e:
+        raise FinetuneError(f"{path}: cannot be used: {(str(e).strip() or type(e).__name__).splitlines()[0]}\n    {advice}") from None
+
+
+def opened(kind, path: str, dtype: torch.dtype | str) -> torch.nn.Module:
+    """The model of a local folder or a hub id, by the `kind` of transformers' AutoModel…, whole and in eval mode. Only safetensors are
+    read, and no code that comes with them is run."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model, found = kind.from_pretrained(path, use_safetensors=True, dtype=dtype, output_loading_info=True)
+    if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):     # is not looked at
+        raise ValueError(f"{len(missing)} of its tensors are missing, for example {missing[0]}")
+    return model.eval()
+
+
 class Network:
-    """A CLIP, or another transformer for pictures: a local folder or a hub id of the library. Only safetensors are read, and no
-    code that comes with them is run. Raises FinetuneError."""
+    """A CLIP, or another transformer for pictures. Raises FinetuneError."""
 
     def __init__(self, path: str):
         import transformers
 
         self.path, self.seen = path, {}
-        transformers.utils.logging.set_verbosity_error()
-        try:
-            self.model, found = transformers.AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32,
-                                                                       output_loading_info=True)
-            if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):     # is not looked at
-                raise ValueError(f"{len(missing)} of its tensors are missing, for example {missing[0]}")
+        with refusing(path, "a metric looks with a local folder or a hub id of transformers, --metric NAME:MODEL, or without a "
+                            "network: NAME:pixels"):
+            self.model = opened(transformers.AutoModel, path, torch.float32)
             self.processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil")
             self.words = transformers.AutoTokenizer.from_pretrained(path) if hasattr(self.model, "get_text_features") else None
-            self.model.eval()
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError) as e:
-            raise FinetuneError(f"{path}: cannot be loaded: {str(e).strip().splitlines()[0]}\n"
-                                "    a metric looks with a local folder or a hub id of transformers, --metric NAME:MODEL, or without "
-                                "a network: NAME:pixels") from None
 
     @torch.inference_mode()
     def pictures(self, album: Sequence[Image.Image]) -> np.ndarray:

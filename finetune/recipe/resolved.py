@@ -33,7 +33,7 @@ def training_part(recipe: Recipe) -> dict:
         "preview": True, "every": True, "export": True,
         "data": {"images": True, "unreadable": True, "validation": True, "workers": True, "mask": {"source"},
                  "inpaint": {"masks"}, "prior": {"images"}},
-        "base": {"path", "revision", "variant", "adapters", "denoiser", "text", "text_2", "vae"},
+        "base": {"path", "revision", "variant", "adapters", "denoiser", "text", "text_2", "text_3", "vae"},
         "train": {"keep_checkpoints", "keep_every", "keep_best", "patience", "max_time", "threads", "trackers"}})
 
 

@@ -13,7 +13,7 @@ from finetune.recipe.data import Data
 from finetune.recipe.method import Control, Embedding, Full, Lora, VaeDecoder
 from finetune.recipe.objective import Objective
 from finetune.recipe.train import Train
-from finetune.recipe.words import STRICT, Many, Positive, Seed, Some, Text, different, list_of, registered
+from finetune.recipe.words import STRICT, Many, Positive, Rate, Seed, Some, Text, different, list_of, registered
 
 warnings.filterwarnings("ignore", 'Field name "validate"')     # pydantic's own, an old name that nothing here calls
 
@@ -73,8 +73,15 @@ class Base(BaseModel):
     """Take the text encoder from elsewhere, likewise."""
     text_2: Text | None = None
     """Take the second text encoder from elsewhere, likewise."""
+    text_3: Text | None = None
+    """Take the T5 of sd3 from elsewhere, likewise; `none` does without it, which saves 9.5 GB in bfloat16 and leaves 75 tokens of a
+    caption."""
     vae: Text | None = None
     """Take the VAE from elsewhere, likewise; also for a checkpoint that has none."""
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the denoiser predicts, where the base itself says it wrong or not at all; not for sd3."""
+    zero_snr: bool | None = None
+    """Whether its noising ends without any signal (zero terminal SNR), likewise."""
     clip_skip: Positive = 1
     """Leave out the last layers of the text encoder of sd1 and sd2, counted as web UIs do: 1 is none, 2 the last one."""
     quantize: Literal["nf4", "int8"] | None = None
@@ -92,7 +99,7 @@ class Base(BaseModel):
     @property
     def parts(self) -> dict[str, str]:
         """The parts that come from elsewhere."""
-        return {part: path for part in ("denoiser", "text", "text_2", "vae") if (path := getattr(self, part))}
+        return {part: path for part in ("denoiser", "text", "text_2", "text_3", "vae") if (path := getattr(self, part))}
 
 
 class Preview(BaseModel):
@@ -104,10 +111,16 @@ class Preview(BaseModel):
     """One row for each prompt and seed."""
     seeds: Some[Seed] = (0,)
     """Seeds that each prompt is sampled with."""
+    strengths: Annotated[Some[Rate], AfterValidator(different)] = (1.0,)
+    """How often what is trained counts: a column for each, beside the base's."""
+    metrics: Many[Text] = ()
+    """What is measured of the previews into metrics.jsonl, as `finetune eval` has it, such as [clip_t, "dino:path/to/network"]."""
     steps: Positive = 25
     """Sampling steps."""
     guidance: Annotated[float, Field(ge=0)] = 5.0
     """Classifier-free guidance; 1 is none."""
+    thumbnail: bool = False
+    """Keep the first preview of what was trained in the adapter's metadata, as a small JPEG that some web UIs show it by."""
 
 
 class Every(BaseModel):
@@ -176,14 +189,29 @@ class Recipe(BaseModel):
                    "train": {"optimizer": "adamw8bit"} if "full" in kinds else {}}[info.field_name]
         return follows | words if isinstance(words, dict) else words
 
+    @field_validator("train")
+    @classmethod
+    def _something_to_compile(cls, train: Train, info: ValidationInfo) -> Train:
+        if train.compile and "vae_decoder" in _kinds(info.data):
+            raise ValueError("compile: is of the denoiser, which vae_decoder does not run; leave it out")
+        return train
+
     @field_validator("every")
     @classmethod
     def _something_to_look_at(cls, every: Every, info: ValidationInfo) -> Every:
         if every.preview and "preview" in info.data and not info.data["preview"].prompts:
             raise ValueError(f"preview: {every.preview} has nothing to sample: preview.prompts is empty")
+        if not every.preview and "preview" in info.data and info.data["preview"].thumbnail:
+            raise ValueError("preview.thumbnail is the first preview, and preview: 0 samples none")
         if every.validate and "data" in info.data and not info.data["data"].validation:
             raise ValueError(f"validate: {every.validate} has nothing to measure: data.validation is null")
-        train = info.data.get("train")
-        if train and (train.keep_best or train.patience) and not every.validate:
+        train, preview = info.data.get("train"), info.data.get("preview")
+        if train and isinstance(train.keep_best, bool) and (train.keep_best or train.patience) and not every.validate:
             raise ValueError(f"train.{'keep_best' if train.keep_best else 'patience'} goes by every.validate, which is 0")
+        if preview and preview.metrics:
+            if not every.preview or 1 not in preview.strengths:
+                raise ValueError("preview.metrics are of what every.preview samples at the strength 1, and that is left out")
+        if train and preview and not isinstance(train.keep_best, bool):
+            if train.keep_best not in [word.partition(":")[0] for word in preview.metrics]:
+                raise ValueError(f"train.keep_best goes by {train.keep_best}, which is none of preview.metrics")
         return every

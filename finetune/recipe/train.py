@@ -91,6 +91,11 @@ class Train(BaseModel):
     """Every random number of the run follows from it."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, about a third slower."""
+    compile: bool = False
+    """Compile the denoiser's blocks with torch.compile: minutes at the start, for each bucket anew, and other rounding."""
+    deterministic: bool = False
+    """On a GPU use deterministic kernels alone, so that the same run gives the same bytes there too; slower, by how much is not
+    measured. On a CPU it changes nothing: there it is always so."""
     threads: Positive | None = None
     """CPU threads of one process; null shares out all cores."""
     keep_checkpoints: Positive = 2
@@ -103,10 +108,11 @@ class Train(BaseModel):
 
     trackers: Annotated[Many[Text], AfterValidator(different)] = ()
     """Where the log and the previews go too, as Accelerate names them: tensorboard (into trackers/ of the run), wandb, mlflow, …"""
-    keep_best: bool = False
-    """Also hand over what had the least loss on held-out pictures, in adapter/best/."""
+    keep_best: bool | Text = False
+    """Also hand over the best, in adapter/best/: true is what had the least loss on held-out pictures, and the name of one of
+    preview.metrics, such as dino, what was best by that."""
     patience: Positive | None = None
-    """End when so many validations in a row were not better than the best; null goes on to max_steps."""
+    """End when so many looks in a row were not better than the best, by what keep_best says; null goes on to max_steps."""
 
     @property
     def seconds(self) -> float:

@@ -14,6 +14,7 @@ from finetune import __version__
 from finetune.errors import FinetuneError
 from finetune.recipe import Recipe, load
 from finetune.recipe.resolved import written
+from finetune.runfolder import RunFolder
 from finetune.train.evaluate import table
 from finetune.train.export import named, public
 from finetune.train.report import sentence, uses
@@ -70,12 +71,13 @@ def write(run: Path, out: Path, to: str, licence: str) -> list[Path]:
 
 def text(run: Path, recipe: Recipe, proof: dict, to: str, licence: str, pictured: bool) -> str:
     """The card: what the hub reads, then what people read."""
-    calls = [word for word in (recipe.data.caption.trigger, *(token for method in recipe.method if method.kind == "embedding"
-                                                              for token in method.tokens)) if word]
+    templates = [re.sub(r"\{\w*\}", "", choice.template).strip(" ,") for choice in recipe.data.caption.template]
+    calls = [word for word in dict.fromkeys([recipe.data.caption.trigger, *templates, *(
+        token for method in recipe.method if method.kind == "embedding" for token in method.tokens)]) if word]
     kinds, base = [method.kind for method in recipe.method], hub_id(recipe.base.path)
     head = ModelCardData(license=licence, base_model=base, library_name="diffusers", pipeline_tag="text-to-image",
                          tags=["finetune", recipe.base.family, *kinds], instance_prompt=", ".join(calls) or None)
-    how = uses(recipe, proof, run)
+    how = uses(recipe, proof)
     here = [HERE[kind].format(to=to, file=file, stem=Path(file).stem) for kind, (file, _) in zip(kinds, how)]
     parts = [f"---\n{head.to_yaml().strip()}\n---", f"# {to.partition('/')[2]}", f"{line(sentence(recipe))}.",
              *(["![base beside what was trained](preview.png)"] if pictured else []),
@@ -98,13 +100,15 @@ def hub_id(path: str) -> str | None:
 
 def told(recipe: Recipe) -> dict:
     """The recipe without its defaults, and with the names alone of folders and files."""
-    whole = public(named(recipe.model_dump(mode="json", exclude_defaults=True)))
+    whole = {word: {key: value for key, value in words.items() if value != {}} if isinstance(words, dict) else words
+             for word, words in public(named(recipe.model_dump(mode="json", exclude_defaults=True))).items()}
+    whole = {word: words for word, words in whole.items() if words}
     return whole | {"base": whole["base"] | {"path": hub_id(recipe.base.path) or whole["base"]["path"]}}
 
 
 def measured(run: Path) -> list[str]:
     """The last losses, and the table of an eval that was written into a folder of the run."""
-    lines = [json.loads(each) for each in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = RunFolder(run, run.name).logged()
     last = {key: [each[key] for each in lines if each.get(key) is not None][-1:] for key in ("loss", "validation_loss")}
     said = [f"{key.replace('_', ' ')}: {value[0]:.4g}" for key, value in last.items() if value]
     tables = [table(json.loads(file.read_text(encoding="utf-8"))["metrics"]) for file in sorted(run.glob("*/eval.json"))]

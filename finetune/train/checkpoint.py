@@ -49,8 +49,8 @@ def save(folder: RunFolder, state: State, keep_last: int, keep_every: int | None
         sync(staging)
         os.replace(staging, final)
         sync(final.parent)
-        for old in _folders(folder)[keep_last:]:
-            if not keep_every or _step(old) % keep_every:
+        for old in folders(folder)[keep_last:]:
+            if not keep_every or step(old) % keep_every:
                 os.replace(old, doomed := old.with_name(f".{old.name}.part"))      # gone as a whole, wherever a kill falls
                 shutil.rmtree(doomed)
     except OSError as e:
@@ -61,9 +61,9 @@ def save(folder: RunFolder, state: State, keep_last: int, keep_every: int | None
 def newest(folder: RunFolder, say, tidy: bool) -> State | None:
     """The newest checkpoint whose every byte is as it was written. A damaged one is named and, by the one process that
     may `tidy`, set aside."""
-    for path in _folders(folder):
+    for path in folders(folder):
         try:
-            return _load(path)
+            return load(path)
         except (FinetuneError, OSError, ValueError, KeyError) as e:
             names = (f"damaged-{path.name}{number}" for number in ["", *(f"-{n}" for n in range(2, 10**6))])
             aside = next(aside for aside in map(path.with_name, names) if not aside.exists())
@@ -73,9 +73,9 @@ def newest(folder: RunFolder, say, tidy: bool) -> State | None:
     return None
 
 
-def _load(path: Path) -> State:
+def load(path: Path) -> State:
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if manifest["step"] != _step(path):
+    if manifest["step"] != step(path):
         raise ValueError(f"it is of step {manifest['step']}")
     for name, seal in manifest["files"].items():
         if (path / name).stat().st_size != seal["size"] or _sha256(path / name) != seal["sha256"]:
@@ -86,12 +86,12 @@ def _load(path: Path) -> State:
         read_tensors(path / "ema.safetensors") if "ema.safetensors" in manifest["files"] else None)
 
 
-def _folders(folder: RunFolder) -> list[Path]:
+def folders(folder: RunFolder) -> list[Path]:
     """Complete checkpoints, newest first."""
-    return sorted((p for p in folder.checkpoints.glob("step-*") if p.name[5:].isdecimal()), key=_step, reverse=True)
+    return sorted((p for p in folder.checkpoints.glob("step-*") if p.name[5:].isdecimal()), key=step, reverse=True)
 
 
-def _step(path: Path) -> int:
+def step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 

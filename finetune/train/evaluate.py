@@ -74,8 +74,8 @@ def of_run(folder: Path) -> Subject:
     return Subject(folder.resolve().name, [(file, 1.0) for file in files])
 
 
-def metrics(words: Sequence[str], given: set[str]) -> list[Metric]:
-    """Those that are named, NAME[:MODEL]; all that what is `given` allows, when none is. Raises FinetuneError."""
+def metrics(words: Sequence[str], given: set[str], place: str = "--metric ") -> list[Metric]:
+    """Those that are named, NAME[:MODEL], at that place; all that what is `given` allows, when none is. Raises FinetuneError."""
     found, problems = [], []
     for word in words or registry.names("metrics"):
         name, _, model = word.partition(":")
@@ -83,12 +83,12 @@ def metrics(words: Sequence[str], given: set[str]) -> list[Metric]:
         missing = [MISSING[need] for need in sorted(module.NEEDS - given)] if words else []
         if words and not (model or module.MODEL):
             missing.append("it has no usual model: give it a file, as NAME:FILE")
-        problems += [f"--metric {word}: {text}" for text in missing]
+        problems += [f"{place}{word}: {text}" for text in missing]
         if words or module.MODEL and module.NEEDS <= given:
             found.append(Metric(name, module, model or module.MODEL))
     refuse(problems)
     if twice := [name for name, count in Counter(metric.word for metric in found).items() if count > 1]:
-        raise FinetuneError(f"--metric {twice[0]}: named twice")
+        raise FinetuneError(f"{place}{twice[0]}: named twice")
     return found
 
 
@@ -111,7 +111,7 @@ def training(place: str) -> Album:
     return Album([index.name(i) for i in range(len(index))], index.read)
 
 
-def paint(family, loaded: list[adapters.Adapter], jobs: list[Job], files: list[Path], batch: int, say: str | None) -> None:
+def paint(family, loaded: list[adapters.Adapter], jobs: list[Job], files: list[Path], batch: int, say: str) -> None:
     """The pictures of the jobs, into these files."""
     with adapters.on(family, loaded):
         pipeline = family.pipeline()

@@ -2,8 +2,10 @@
 
 import json
 import re
+from base64 import b64encode
 from collections import Counter
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ from finetune.formats import single_file
 from finetune.runfolder import RunFolder, write_text
 from finetune.tokens import hidden
 from finetune.train import verify
+from finetune.train.preview import resting
+from finetune.train.sampling import generate, previews
 from finetune.train.setup import Run
 
 MOST_TAGS = 1000        # ComfyUI shows no metadata of more than a megabyte
@@ -152,7 +156,17 @@ def metadata(run: Run) -> dict[str, str]:
         "modelspec.resolution": f"{told['data']['resolution']}x{told['data']['resolution']}",
         "modelspec.trigger_phrase": ", ".join(words),
     }
-    return {key: value for key, value in public(described).items() if value}
+    shown = {"modelspec.thumbnail": thumbnail(run)} if run.recipe.preview.thumbnail else {}
+    return {key: value for key, value in public(described).items() if value} | shown
+
+
+def thumbnail(run: Run) -> str:
+    """The first preview of what is trained now, as a data URI: of up to 256 pixels a side, as modelspec wants it, some 10 KB."""
+    with resting(run.family.parts):
+        picture = next(generate(run.family.pipeline(), previews(run.recipe)[:1]))
+    picture.thumbnail((256, 256))
+    picture.convert("RGB").save(data := BytesIO(), "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{b64encode(data.getvalue()).decode()}"
 
 
 def tag_frequency(learned: Stream) -> dict[str, int]:

@@ -55,18 +55,16 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     if recipe.data.prior and recipe.objective.kind == "decode":
         raise FinetuneError("data.prior: a VAE knows no classes; leave it out")
     device.set_threads(recipe.train.threads)
+    device.keep_memory()
+    device.set_deterministic(recipe.train.deterministic, accelerator.device)
     device.check_precision(recipe.train.mixed_precision, recipe.base.dtype, accelerator.device)
     index, held = pictures(recipe, say, not accelerator.is_main_process)
-    family = registry.find("families", recipe.base.family).load(
-        recipe.base.path, families.DTYPES[recipe.base.dtype], recipe.base.revision, recipe.base.variant,
-        families.Changes(recipe.base.parts, recipe.base.clip_skip, recipe.base.quantize))
-    shows = shown(recipe, family)
-    families.merge(family.parts, [(formats.load(a.path, family.spec), a.strength) for a in recipe.base.adapters])
-    family.long = recipe.data.caption.long
-    stride = family.stride
+    family = base(recipe)
+    shows, stride = shown(recipe, family), family.stride
     check_step(recipe, family.step)
-    for part in family.parts.values():
-        part.to(accelerator.device)
+    for name, part in family.parts.items():
+        if name != "denoiser":      # it goes there when the encoders have made room, see setup.prepare
+            part.to(accelerator.device)
     weights = {name: families.fingerprint({name: part}) for name, part in family.parts.items()}
     size = recipe.train.batch_size * recipe.train.gradient_accumulation * accelerator.num_processes
     learned = learned_words(recipe, index)
@@ -76,6 +74,22 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
         ground.streams.append(learn(class_pictures(recipe, ground, accelerator, say), "class"))
     encode.refuse([problem for s in ground.all for problem in encode.check_pictures(s.index, s.sizes)])
     return ground
+
+
+def base(recipe: Recipe):
+    """The family over the recipe's base, with what is merged into it."""
+    given = recipe.base
+    family = registry.find("families", given.family).load(
+        given.path, families.DTYPES[given.dtype], given.revision, given.variant, changes(recipe))
+    families.merge(family.parts, [(formats.load(a.path, family.spec), a.strength) for a in given.adapters])
+    family.long = recipe.data.caption.long
+    return family
+
+
+def changes(recipe: Recipe) -> families.Changes:
+    """What the words of the base want to be otherwise."""
+    base = recipe.base
+    return families.Changes(base.parts, base.clip_skip, base.quantize, base.prediction, base.zero_snr)
 
 
 def shown(recipe: Recipe, family) -> str | None:
@@ -206,6 +220,7 @@ def class_pictures(recipe: Recipe, ground: Ground, accelerator: Accelerator, say
     where = prior_pictures.folder(*settings, ground)
     if accelerator.is_main_process:
         check_prompt("data.prior.prompt", prior.prompt, ground.family)
+        ground.family.parts["denoiser"].to(accelerator.device)
         prior_pictures.make(where, missing, *settings, ground.family, quiet)
     accelerator.wait_for_everyone()
     made = build([Source(str(where))], reading(recipe), None, say, quiet, "data.prior")
@@ -258,7 +273,7 @@ def let_go(recipe: Recipe, ground: Ground, trains: tuple[str, ...]) -> None:
         needed |= {"denoiser"} | (set() if latents else {"vae"})
         needed |= set() if all(own.text for own in told) else ground.family.parts.keys() - {"denoiser", "vae"}
     for part in ground.family.parts.keys() - needed:
-        del ground.family.parts[part]
+        ground.family.parts.let_go(part, ground.weights[part])
 
 
 def encoders(ground: Ground, device_type: str) -> tuple[str, str]:

@@ -75,7 +75,7 @@ def lint(recipe: Recipe, say: Say) -> Report:
     indexes = {role: index for role, index in indexes.items() if len(index)}
 
     family = report.tried("base", registry.find("families", recipe.base.family).outline, recipe.base.path,
-                          recipe.base.revision, recipe.base.variant)
+                          recipe.base.revision, recipe.base.variant, ground.changes(recipe))
     if family:
         report.tried("size", ground.check_step, recipe, family.step)
         report.tried("base", ground.shown, recipe, family)

@@ -1,6 +1,5 @@
 """The loop: every method, family and objective goes through here."""
 
-import os
 from contextlib import nullcontext, suppress
 
 import torch
@@ -10,11 +9,10 @@ from finetune.batch import Batch
 from finetune.errors import FinetuneError
 from finetune.optim.optimizer import load_state, state_tensors
 from finetune.optim.schedule import factor
-from finetune.train import checkpoint, trackers
+from finetune.train import checkpoint, preview, trackers
 from finetune.train.alarm import AFTER, alarms, traces
-from finetune.train.jobs import Job
-from finetune.train.preview import grid, resting
-from finetune.train.sampling import generate
+from finetune.train.best import criterion, history, note, over
+from finetune.train.compile import stepping
 from finetune.train.setup import Run, seed_step, to_device
 from finetune.train.stop import Stop, Stopped
 from finetune.train.validate import validate
@@ -32,10 +30,12 @@ def train(run: Run, start: int, window: Window, stop: Stop) -> None:
     run.model.train()       # once: it visits every module, and what rests the parts for a while puts them back
     bar = tqdm(total=last, initial=start, unit="step", disable=not main, dynamic_ncols=True)
     if every.preview and start % every.preview == 0 and not run.folder.preview(start).exists():
-        preview(run, start, stop)
+        show(run, start, stop)
         if stopped := stop.received(accelerator):       # nothing is new since the start
             raise Stopped(stopped)
-    if every.validate and (start % every.validate == 0 or start == last) and validate(run, start):
+    if every.validate and (start % every.validate == 0 or start == last):
+        validate(run, start)
+    if over(run):
         return
     for step, batches in zip(range(start, last), run.loader.run(range(start, last))):
         loss, norm = one_step(run, step, batches)
@@ -52,16 +52,19 @@ def train(run: Run, start: int, window: Window, stop: Stop) -> None:
         if done == last or stopped or window.skipped >= GIVE_UP or (every.checkpoint and done % every.checkpoint == 0):
             save(run, done, window)
         window.check(done)
-        if every.preview and done % every.preview == 0 and not stopped:
-            preview(run, done, stop)
+        shows = every.preview and done % every.preview == 0
+        validates = every.validate and (done % every.validate == 0 or done == last)
+        if shows and not stopped:
+            show(run, done, stop)
             if stopped := stop.received(accelerator):
                 save(run, done, window)
-        ended = every.validate and (done % every.validate == 0 or done == last) and validate(run, done)
+        if validates:
+            validate(run, done)
         if stopped:
             bar.close()
             raise Stopped(stopped)
-        if ended and done < last:
-            run.say(f"the loss on held-out pictures was not better in the last {recipe.train.patience} validations: it ends")
+        if (shows or validates) and done < last and over(run):
+            run.say(f"{criterion(recipe)[0]} was not better the last {recipe.train.patience} times: it ends")
             save(run, done, window)
             break
     bar.close()
@@ -81,7 +84,8 @@ def one_step(run: Run, step: int, batches: list[Batch]) -> tuple[torch.Tensor, t
     for batch in batches:
         seed_step(recipe.seed, batch.positions[0])
         with nullcontext() if batch is batches[-1] else accelerator.no_sync(run.model):
-            loss = run.model(to_device(batch, accelerator.device))
+            with stepping() if recipe.compile else nullcontext():
+                loss = run.model(to_device(batch, accelerator.device))
             # × 1, or × NaN when this loss is not finite: then no process's gradient is, for they are averaged.
             accelerator.backward(loss * (1 + 0 * loss.detach()))
         total += loss.detach()
@@ -145,24 +149,14 @@ def resume(run: Run) -> tuple[int, Window]:
     return state.step, window
 
 
-def preview(run: Run, done: int, stop: Stop) -> None:
-    """A grid of the base beside what is trained so far, unless the run is asked to stop meanwhile. Changes no bit of the
-    training: it draws from its own seeds."""
+def show(run: Run, done: int, stop: Stop) -> None:
+    """A grid of the base beside what is trained so far, and what the recipe has measured of it, unless the run is asked to stop
+    meanwhile. Changes no bit of the training: it draws from its own seeds."""
     if run.accelerator.is_main_process:
-        p = run.recipe.preview
-        jobs = [Job(prompt=prompt, seed=seed, steps=p.steps, guidance=p.guidance, size=(run.recipe.data.resolution,) * 2)
-                for prompt in p.prompts for seed in p.seeds]
-        with suppress(Stopped), resting(run.family.parts), stop.raised_by(run.family.parts["denoiser"]):
-            pipeline = run.family.pipeline()
-            if run.base_pictures is None:
-                with run.method.at(0):
-                    run.base_pictures = list(generate(pipeline, jobs, say="preview of the base"))
-            with run.ema.swapped() if run.ema else nullcontext():
-                now = list(generate(pipeline, jobs, say=f"preview at step {done}"))
-            rows = [list(pair) for pair in zip(run.base_pictures, now)]
-            sheet = grid(rows, [f"{job.prompt} · {job.seed}" for job in jobs], ["base", f"step {done}"])
-            part = run.folder.previews / f".step-{done}.part"
-            sheet.save(part, "PNG")
-            os.replace(part, run.folder.preview(done))
-            trackers.show(run.accelerator, sheet, done)
+        with suppress(Stopped), stop.raised_by(run.family.parts["denoiser"]), run.ema.swapped() if run.ema else nullcontext():
+            found = preview.columns(run.recipe, run.family, run.method, run.base_pictures, done)
+            run.base_pictures = found[0]
+            if run.judge and done not in history(run.folder, run.judge.metrics[0].word):
+                note(run, done, run.judge.of(found[1]))
+            trackers.show(run.accelerator, preview.save(run.folder.preview(done), run.recipe, found, done), done)
     run.accelerator.wait_for_everyone()

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from finetune import registry
 from finetune.batch import Batch, Conditioning
@@ -26,7 +27,9 @@ from finetune.data.buckets import sizes
 from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.families import sd3
+from finetune.families._quantized import quantize
 from finetune.recipe import Recipe
+from finetune.train import ground
 from finetune.train.together import Together
 
 STATE = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "lion": 4, "lion8bit": 1 + 4 / 256, "adafactor": 0, "prodigy": 16,
@@ -39,6 +42,8 @@ LEVERS = {
     "train.gradient_checkpointing=true": "the same numbers, about a third slower",
     "train.batch_size=1": "with as much more gradient_accumulation: other rounding, slower on a GPU",
     "base.dtype=bfloat16": "frozen weights and their computation in 8 bits of precision",
+    "base.quantize=int8": "frozen weights rounded to 8 bits and made whole again in every step",
+    "base.quantize=nf4": "frozen linear layers rounded to 4 bits, convolutions to 8, and made whole again in every step",
     "train.optimizer=adamw8bit": "its state is rounded",
     "every.preview=0": "no pictures on the way; the encoders leave the memory",
     "data.crop=center": "always the same part of a picture; the VAE leaves the memory",
@@ -54,6 +59,7 @@ class Need:
     gradients: int
     state: int                  # of the optimizer, and the average if there is one
     phases: dict[str, int]      # caching, training, optimizer step, preview -> peak
+    flops: int                  # operations of a step, by torch's counter
 
     @property
     def peak(self) -> int:
@@ -115,15 +121,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
 
 def needs(recipe: Recipe) -> Need:
     """Raises FinetuneError for a base that cannot be found, and for words of a method that name none of its layers."""
-    if recipe.base.quantize:
-        raise FinetuneError("base.quantize: what its layers take is not planned yet; with --set base.quantize=null you get an upper bound")
     family = registry.find("families", recipe.base.family).outline(
-        recipe.base.path, recipe.base.revision, recipe.base.variant, families.Changes(recipe.base.parts, recipe.base.clip_skip))
+        recipe.base.path, recipe.base.revision, recipe.base.variant, ground.changes(recipe))
     H, W = largest(recipe)
     h, w = H // family.stride, W // family.stride
     with flash(), Live() as live:
         with torch.device("meta"):      # not in the step: peft asks there for the value of a random number
             family.sketch(families.DTYPES[recipe.base.dtype])
+            if recipe.base.quantize:
+                for name in family.parts.keys() - {"vae"}:
+                    quantize(family.parts[name], recipe.base.quantize)
             weights = {name: size(part) for name, part in family.parts.items()}
             method = install(recipe, family)
         if "control" in family.parts:
@@ -145,14 +152,15 @@ def needs(recipe: Recipe) -> Need:
         phases = {}
         if denoises:
             with torch.no_grad():
-                phases["caching"] = everything + live.over(lambda: vae.encode(drawn(1)).latent_dist.mean)
+                phases["caching"] = everything - weights["denoiser"] + live.over(lambda: vae.encode(drawn(1)).latent_dist.mean)
         if recipe.train.gradient_checkpointing:
             (denoiser if denoises else vae).enable_gradient_checkpointing()
             for part in {*method.trains} & {"control"}:
                 family.parts[part].enable_gradient_checkpointing()
         for part in method.trains:
             family.parts[part].train()
-        step = live.over(lambda: one_step(recipe, family, method, B, h, w))
+        with counter() as flops:
+            step = live.over(lambda: one_step(recipe, family, method, B, h, w))
         held = sum(weights[part] for part in kept(recipe, method, weights)) + adapters + state
         phases["training"] = held + copy + step
         phases["optimizer step"] = held + copy + gradients + 8 * wide       # weights of bfloat16 step in float32
@@ -163,7 +171,15 @@ def needs(recipe: Recipe) -> Need:
                 sampled = live.over(lambda: denoise(family, n * guided, h, w))
                 decoded = live.over(lambda: vae.decode(drawn(n, latents=True)).sample)
             phases["preview"] = everything + state + copy + max(sampled, decoded)
-    return Need(weights, count, gradients, state, phases)
+    return Need(weights, count, gradients, state, phases, flops.get_total_flops() * recipe.train.gradient_accumulation)
+
+
+def counter() -> FlopCounterMode:
+    """torch's counter, with the attention of the CPU, which it does not know."""
+    aten = torch.ops.aten
+    return FlopCounterMode(display=False, custom_mapping={
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)})
 
 
 def largest(recipe: Recipe) -> tuple[int, int]:
@@ -223,7 +239,7 @@ def denoise(family, B: int, h: int, w: int, said: bool = False) -> Tensor:
     if said:
         told = family.encode_text([""] * B)
     else:
-        config, length = denoiser.config, TOKENS + (sd3.LENGTH if "t5" in family.parts else 0)
+        config, length = denoiser.config, TOKENS + (sd3.LENGTH if "text_3" in family.parts else 0)
         width = config.get("cross_attention_dim") or config.joint_attention_dim
         pooled = config.get("pooled_projection_dim") or "text_2" in family.parts and family.parts["text_2"].config.projection_dim
         told = Conditioning(empty(B, length, width), empty(B, pooled) if pooled else None,

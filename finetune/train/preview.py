@@ -1,10 +1,16 @@
-"""Pictures to look at: parts at rest while they are sampled, and a labelled grid of them."""
+"""Pictures to look at: the base beside what is trained so far, parts at rest meanwhile, and a labelled grid."""
 
+import os
 import textwrap
+from collections.abc import Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from finetune.recipe import Recipe
+from finetune.train.sampling import generate, previews
 
 MARGIN, LABEL = 6, 15       # pixels
 
@@ -20,6 +26,31 @@ def resting(parts: dict[str, torch.nn.Module]):
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def columns(recipe: Recipe, family, method, base: list[Image.Image] | None, done: int) -> dict[float, list[Image.Image]]:
+    """Strength → a picture for each job after `done` steps. 0 is the base, whose pictures are sampled unless they are known."""
+    found = {0.0: base} if base else {}
+    with resting(family.parts):
+        pipeline = family.pipeline()
+        for strength in [0.0, *recipe.preview.strengths][len(found):]:
+            with method.at(strength):
+                found[strength] = list(generate(pipeline, previews(recipe), say=f"preview {label(strength, done)}"))
+    return found
+
+
+def label(strength: float, done: int) -> str:
+    return "base" if not strength else f"step {done}" + (f" × {strength:g}" if strength != 1 else "")
+
+
+def save(path: Path, recipe: Recipe, found: dict[float, Sequence[Image.Image]], done: int) -> Image.Image:
+    """The columns as a sheet, in a file that is there as a whole or not at all."""
+    sheet = grid([list(row) for row in zip(*found.values())], [f"{job.prompt} · {job.seed}" for job in previews(recipe)],
+                 [label(strength, done) for strength in found])
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    sheet.save(part, "PNG")
+    os.replace(part, path)
+    return sheet
 
 
 def grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:

@@ -7,6 +7,8 @@ import io
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import jinja2
@@ -19,7 +21,7 @@ from finetune.errors import FinetuneError
 from finetune.formats.base import identify
 from finetune.recipe import Recipe, dump, load
 from finetune.recipe.resolved import leaves
-from finetune.runfolder import write_text
+from finetune.runfolder import RunFolder, write_text
 from finetune.train import ground
 from finetune.train.curves import chart
 from finetune.train.lint import lint
@@ -50,15 +52,66 @@ USES = {    # kind of adapter → tool → what to do with the file, as the tool
 }
 
 
+@dataclass(frozen=True)
+class Told:
+    """What the page says of a run. Each thing is looked up when a page gets to it, since the pictures can be many."""
+
+    folder: Path
+    recipe: Recipe
+    lines: list[dict]       # of metrics.jsonl
+    proof: dict             # adapter/verify.json
+
+    @property
+    def title(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def sentence(self) -> str:
+        return sentence(self.recipe)
+
+    @property
+    def cards(self) -> dict[str, str]:
+        return cards(self.recipe, [line for line in self.lines if "loss" in line], self.proof, self.folder)
+
+    @cached_property
+    def previews(self) -> list[tuple[int, str]]:
+        return [(step, picture(Image.open(path), WIDEST)) for step, path in previews(self.folder).items()]
+
+    @cached_property
+    def data(self) -> dict:
+        return data(self.recipe)
+
+    @property
+    def norms(self) -> list[tuple[str, list]]:
+        measured = ((path.name, norms(path)) for path in sorted((self.folder / "adapter").glob("*.safetensors"))[:1])
+        return [(name, bars) for name, bars in measured if bars]
+
+    @property
+    def uses(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        return uses(self.recipe, self.proof)
+
+    @property
+    def given(self) -> str:
+        return (self.folder / "recipe.yaml").read_text(encoding="utf-8")
+
+    @property
+    def resolved(self) -> str:
+        return dump(self.recipe)
+
+
+def told(folder: Path) -> Told:
+    """Raises FinetuneError for a folder whose recipe or log cannot be read."""
+    try:
+        receipt = folder / "adapter" / "verify.json"
+        return Told(folder, load(folder / "resolved.yaml").recipe, RunFolder(folder, folder.name).logged(),
+                    json.loads(receipt.read_text(encoding="utf-8")) if receipt.exists() else {})
+    except (OSError, ValueError) as e:
+        raise FinetuneError(f"{folder}: is no run that can be told about: {e}") from None
+
+
 def write(folders: Sequence[Path], out: Path) -> Path:
-    """Write the page. Raises FinetuneError for a folder whose recipe or log cannot be read, or a page that cannot be written."""
-    runs = [facts(folder) for folder in folders]
-    curves = {said: chart({run["title"]: [(line["step"], line[key]) for line in run["lines"] if line.get(key) is not None]
-                           for run in runs}) for key, said in CURVES.items()}
-    page = jinja2.Environment(loader=jinja2.PackageLoader("finetune", "assets"), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=jinja2.StrictUndefined).get_template("report.html")
-    text = page.render(runs=runs, curves={said: drawn for said, drawn in curves.items() if drawn},
-                       differences=differences(runs))
+    """Write the page. Raises FinetuneError for a run that cannot be told about, or a page that cannot be written."""
+    text = page(folders)
     try:
         write_text(out, text)
     except OSError as e:
@@ -66,22 +119,21 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def facts(folder: Path) -> dict:
-    """What the page says of a run."""
-    try:
-        recipe = load(folder / "resolved.yaml").recipe
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        receipt = folder / "adapter" / "verify.json"
-        proof = json.loads(receipt.read_text(encoding="utf-8")) if receipt.exists() else {}
-    except (OSError, ValueError) as e:
-        raise FinetuneError(f"{folder}: is no run that can be told about: {e}") from None
-    steps = [line for line in lines if "loss" in line]
-    measured = [(path.name, norms(path)) for path in sorted((folder / "adapter").glob("*.safetensors"))][:1]
-    return {"norms": [(name, bars) for name, bars in measured if bars], "title": folder.resolve().name, "sentence": sentence(recipe), "lines": lines, "cards": cards(recipe, steps, proof, folder),
-            "previews": [(int(path.stem.rpartition("-")[2]), picture(Image.open(path), WIDEST))
-                         for path in sorted((folder / "previews").glob("step-*.png"))],
-            "data": data(recipe), "proof": proof, "uses": uses(recipe, proof, folder), "leaves": dict(leaves(recipe.model_dump(mode="json"))),
-            "recipe": (folder / "recipe.yaml").read_text(encoding="utf-8"), "resolved": dump(recipe)}
+def page(folders: Sequence[Path], *blocks: str) -> str:
+    """The HTML, or only these blocks of its template. Raises FinetuneError for a run that cannot be told about."""
+    runs = [told(folder) for folder in folders]
+    curves = {said: chart({run.title: [(line["step"], line[key]) for line in run.lines if line.get(key) is not None]
+                           for run in runs}) for key, said in CURVES.items()}
+    shown = {"runs": runs, "curves": {said: drawn for said, drawn in curves.items() if drawn}, "differences": differences(runs)}
+    template = jinja2.Environment(loader=jinja2.PackageLoader("finetune", "assets"), autoescape=True, trim_blocks=True,
+                                  lstrip_blocks=True, undefined=jinja2.StrictUndefined).get_template("report.html")
+    return "".join(part for block in blocks for part in template.blocks[block](template.new_context(shown))) if blocks \
+        else template.render(shown)
+
+
+def previews(folder: Path) -> dict[int, Path]:
+    """Step → the sheet of pictures that was sampled then."""
+    return {int(path.stem.rpartition("-")[2]): path for path in sorted((folder / "previews").glob("step-*.png"))}
 
 
 def sentence(recipe: Recipe) -> str:
@@ -140,7 +192,7 @@ def caption(words, columns: dict[str, str]) -> str:
     return words.caption(columns, 0, 0) if not words.missing(columns) else ""
 
 
-def uses(recipe: Recipe, proof: dict, folder: Path) -> list[tuple[str, list[tuple[str, str]]]]:
+def uses(recipe: Recipe, proof: dict) -> list[tuple[str, list[tuple[str, str]]]]:
     """Of each method what to do with its file: (kind, [(tool, words)])."""
     files, found = [name for name in proof if not name.endswith(".diffusers.safetensors")], []
     for method, file in zip(recipe.method, files):
@@ -149,10 +201,10 @@ def uses(recipe: Recipe, proof: dict, folder: Path) -> list[tuple[str, list[tupl
     return found
 
 
-def differences(runs: list[dict]) -> list[tuple[str, list[str]]]:
+def differences(runs: list[Told]) -> list[tuple[str, list[str]]]:
     """The fields of the recipes that are not the same in all runs, each with every run's value."""
-    keys = dict.fromkeys(key for run in runs for key in run["leaves"])
-    rows = [(key, [run["leaves"].get(key, "–") for run in runs]) for key in keys]
+    words = [dict(leaves(run.recipe.model_dump(mode="json"))) for run in runs]
+    rows = [(key, [own.get(key, "–") for own in words]) for key in dict.fromkeys(key for own in words for key in own)]
     return [(key, [str(value) for value in values]) for key, values in rows if any(value != values[0] for value in values)]
 
 

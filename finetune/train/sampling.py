@@ -19,6 +19,7 @@ from tqdm import tqdm
 from finetune.data import pictures
 from finetune.data.pixels import cut, plan_crop
 from finetune.errors import FinetuneError, nearest
+from finetune.recipe import Recipe
 from finetune.train.jobs import Job
 
 ALSO = ("LCMScheduler", "SASolverScheduler", "TCDScheduler")    # fit where others do, though diffusers does not list them
@@ -70,6 +71,13 @@ def shrunk(height: int, width: int, side: int, step: int) -> tuple[int, int]:
     """The shape of a picture in multiples of `step`, of about side × side pixels at the most: a base knows no more."""
     factor = min(1, side / math.sqrt(height * width))
     return tuple(max(step, int(length * factor / step + 1e-6) * step) for length in (height, width))
+
+
+def previews(recipe: Recipe) -> list[Job]:
+    """A job for each prompt and seed of a run's previews."""
+    p = recipe.preview
+    return [Job(prompt=prompt, seed=seed, steps=p.steps, guidance=p.guidance, size=(recipe.data.resolution,) * 2)
+            for prompt in p.prompts for seed in p.seeds]
 
 
 def generate(pipeline, jobs: list[Job], batch: int = 8, say: str | None = None) -> Iterator[Image.Image]:

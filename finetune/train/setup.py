@@ -29,6 +29,8 @@ from finetune.optim.rounding import rounded
 from finetune.recipe import Recipe, difference, training_part
 from finetune.runfolder import RunFolder
 from finetune.train import ground, trackers
+from finetune.train.compile import compile_blocks
+from finetune.train.judge import Judge
 from finetune.train.learned import check_said
 from finetune.train.step import TrainStep
 from finetune.train.together import Together
@@ -55,6 +57,7 @@ class Run:
     ema: Ema | None
     identity: dict
     say: Say
+    judge: Judge | None = None          # what is measured of previews
     base_pictures: list[Image.Image] | None = field(default=None)   # previews of the untouched base, once sampled
     base_losses: torch.Tensor | None = field(default=None)          # on held-out pictures, once measured
 
@@ -99,11 +102,15 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     if method.objective == "denoise":       # to decode, pictures are wanted themselves
         base = ground.encoded(base, method.trains, train.max_steps, accelerator, Cache(cache.home(), say))
     ground.let_go(recipe, base, method.trains)
+    for part in family.parts.values():
+        part.to(accelerator.device)
     loader = Loader(base.streams, train.batch_size, train.gradient_accumulation, accelerator.process_index,
                     accelerator.num_processes, recipe.data.workers)
     if train.gradient_checkpointing:
         for part in {"denoiser" if method.objective == "denoise" else "vae"} | {*method.trains} & {"control"}:
             family.parts[part].enable_gradient_checkpointing()
+    if train.compile:
+        compile_blocks(family.parts["denoiser"], accelerator.device, cache.home().parent / "compiled")
     objective = registry.find("objectives", recipe.objective.kind).build(
         **recipe.objective.model_dump(exclude={"kind"}, exclude_none=True), step_size=base.streams[0].order.size)
     parameters = method.parameters()
@@ -114,7 +121,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     zero = ", zero terminal SNR" if isinstance(path, Discrete) and path.alphas_cumprod[-1] == 0 else ""
     bits = f", {recipe.base.quantize}" if recipe.base.quantize else ""
     say(f"base      {family.source.name} ({family.spec.name}, {path.prediction}{zero}, {recipe.base.dtype}{bits})")
-    for note in family.source.notes:
+    for note in family.notes:
         say(f"note: {note}")
     for line in ground.describe(recipe, base):
         say(line)
@@ -122,8 +129,9 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     say(f"trains    {kinds}: {trained:,} parameters in {len(parameters)} tensors")
     if any(getattr(words, "encoder", False) for words in recipe.method):
         say("note: the encoder is trained too, so latents change: a denoiser that was trained on the old ones will not fit")
+    judge = Judge(recipe, base.streams[0].index) if recipe.preview.metrics and accelerator.is_main_process else None
     return Run(recipe, folder, accelerator, family, method, objective, loader, base.validation, parameters, model, optimizer, ema,
-               identity, say)
+               identity, say, judge)
 
 
 def install(recipe: Recipe, base: ground.Ground) -> Together:

@@ -3,7 +3,6 @@
 So two values of a run differ by what was trained between them and by nothing else, and what is said beside the mean is the
 mean of these differences to the untouched base, picture by picture, with its standard error."""
 
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,33 +11,27 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from finetune.artifact import write_safetensors
 from finetune.batch import Batch
 from finetune.diffusion.timesteps import quantiles
+from finetune.train.best import history, note
 from finetune.train.preview import resting
 from finetune.train.setup import Run, to_device
-from finetune.train.window import write
 
 LEVELS = 8      # quantiles of the law that timesteps are trained by
 
 
-def validate(run: Run, done: int) -> bool:
-    """Append the line to metrics.jsonl, unless it is there, and keep the parameters if they are the best so far. It draws
-    nothing that training draws, and so changes no bit of it. Returns whether train.patience is over."""
-    if run.accelerator.is_main_process and done not in history(run):
+def validate(run: Run, done: int) -> None:
+    """Append the line to metrics.jsonl, unless it is there. It draws nothing that training draws, and so changes no bit of it."""
+    if run.accelerator.is_main_process and done not in history(run.folder, "validation_loss"):
         if run.base_losses is None:
             with run.method.at(0):
                 run.base_losses = losses(run)
         with run.ema.swapped() if run.ema else nullcontext():
             now = losses(run) if done else run.base_losses
             gain = (now - run.base_losses).mean(1)
-            write(run, {"step": done, "validation_loss": now.mean().item(), "validation_levels": now.mean(0).tolist(),
-                        "validation_gain": gain.mean().item(), "validation_gain_error": standard_error(gain)})
-            if run.recipe.train.keep_best and best(run) == done:
-                write_safetensors(run.folder.best, {name: p.detach().cpu() for name, p in run.parameters.items()},
-                                  {"step": str(done)})
+            note(run, done, {"validation_loss": now.mean().item(), "validation_levels": now.mean(0).tolist(),
+                             "validation_gain": gain.mean().item(), "validation_gain_error": standard_error(gain)})
     run.accelerator.wait_for_everyone()
-    return over(run)
 
 
 @torch.no_grad()
@@ -71,30 +64,3 @@ def at_levels(run: Run) -> list:
 
 def standard_error(values: Tensor) -> float | None:
     return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
-
-
-def history(run: Run) -> dict[int, float]:
-    """Step → validation loss, as metrics.jsonl has it."""
-    if not run.folder.metrics.exists():
-        return {}
-    lines = map(json.loads, run.folder.metrics.read_text(encoding="utf-8").splitlines())
-    return {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
-
-
-def best(run: Run) -> int | None:
-    """The first step with the least loss. The base itself is no candidate."""
-    found = {step: loss for step, loss in history(run).items() if step}
-    return min(found, key=found.get) if found else None
-
-
-def over(run: Run) -> bool:
-    """Whether the last `train.patience` validations were not better than one before them; of all processes the same."""
-    patience, ended = run.recipe.train.patience, False
-    if not patience:
-        return False
-    if run.accelerator.is_main_process:
-        steps = sorted(history(run))
-        ended = (first := best(run)) is not None and sum(step > first for step in steps) >= patience
-    if run.accelerator.num_processes == 1:
-        return ended
-    return bool(run.accelerator.gather(torch.tensor([ended], device=run.accelerator.device)).max())

@@ -27,6 +27,7 @@ from finetune.families._altered import leave_out
 from finetune.formats import base as formats
 from finetune.formats import _consumers as consumers
 from finetune.formats import kohya, single_file
+from finetune.terminal import folded
 from finetune.train.preview import resting
 from finetune.train.sampling import worded
 
@@ -98,8 +99,11 @@ def numbers(artifact: Artifact) -> list[Check]:
     """Whether what it changes is finite, and anything."""
     bad = [name for name, t in artifact.tensors.items() if not t.isfinite().all()]
     if bad or artifact.kind in (*WHOLE, "embedding"):
-        count = len(artifact.tensors)
-        return [Check("finite", not bad, f"{count - len(bad)} of {count} tensors{_which(bad)}")]
+        count, still = len(artifact.tensors), [name for name, t in artifact.tensors.items() if not t.any()]
+        found = [Check("finite", not bad, f"{count - len(bad)} of {count} tensors{_which(bad)}")]
+        if artifact.kind == "embedding" and not bad:    # a model may well have a bias of zeros
+            found.append(Check("not zero", not still, f"{count - len(still)} of {count} tensors{_which(still)}"))
+        return found
     changes = {".".join(stem): core(change) for stem, change in modules(artifact.tensors).items()}
     large = [stem for stem, change in changes.items() if not change.isfinite().all()]
     still = [stem for stem, change in changes.items() if not change.any()]
@@ -274,7 +278,7 @@ def drawn(vae) -> Tensor:
 
 
 def table(checks: list[Check]) -> str:
-    return "\n".join(f"  {'ok  ' if check.passed else 'FAIL'}  {check.name:<28} {check.found}" for check in checks)
+    return folded("\n".join(f"  {'ok  ' if check.passed else 'FAIL'}  {check.name:<28} {check.found}" for check in checks), 37)
 
 
 def as_json(results: dict[str, list[Check]]) -> str:

@@ -96,7 +96,7 @@ def rewind(folder: RunFolder, done: int, logged: int, say) -> None:
         for line in folder.metrics.read_bytes().splitlines(keepends=True):
             try:
                 said = json.loads(line)
-                if line.endswith(b"\n") and said["step"] <= (done if "alarm" in said or "validation_loss" in said else logged):
+                if line.endswith(b"\n") and said["step"] <= (logged if "loss" in said or "skipped" in said else done):
                     kept.append(line.decode())
             except (ValueError, KeyError, TypeError):
                 say(f"{folder.metrics.name}: a damaged line is left out")

@@ -72,7 +72,7 @@ def values(place: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted((place / "run" / "checkpoints").glob("step-*")):
         try:
-            state = checkpoint._load(path)
+            state = checkpoint.load(path)
             tensors = {**state.parameters, **state.optimizer, **{f"ema {n}": t for n, t in (state.ema or {}).items()}}
             found[path.name] = state.step, str(state.plain), {name: t.numpy().tobytes() for name, t in tensors.items()}
         except (FinetuneError, OSError, ValueError, KeyError):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,21 @@ ADVICE = {"dreambooth": ", prior: {prompt: a circle, count: 2, steps: 2}",
           "embedding": ", caption: {template: '{text} zkw'}"}
 
 
+def base(folder: Path) -> Path:
+    """The tiny base with one block in its UNet and two in its VAE, of random weights: what counts here are bytes."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    shutil.copytree(ROOT / "finetune" / "assets" / "tiny", folder)
+    torch.manual_seed(0)
+    UNet2DConditionModel(16, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+                         block_out_channels=(32,), layers_per_block=1, cross_attention_dim=128, attention_head_dim=4,
+                         norm_num_groups=8).save_pretrained(folder / "unet")
+    AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+                  up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8).save_pretrained(folder / "vae")
+    return folder
+
+
 def recipe(folder: Path, method: str) -> Path:
     """Three steps with three checkpoints, previews, and everything on that an exact resume could miss."""
     from PIL import Image
@@ -48,7 +64,7 @@ def recipe(folder: Path, method: str) -> Path:
         (pictures / f"{name}.txt").write_text(f"a {colour} circle")
     path = folder / f"{method}.yaml"
     path.write_text(f"""
-base: {{family: sd1, path: tiny}}
+base: {{family: sd1, path: "{base(folder / "base")}"}}
 data: {{images: "{pictures}", resolution: 32{ADVICE.get(method, "")}}}
 {METHODS[method]}
 train: {{max_steps: 3, batch_size: 2, learning_rate: 1e-2, optimizer: adamw, ema: {{decay: 0.9}}, threads: 1}}
@@ -74,38 +90,46 @@ class End:
     code: int           # negative: the signal that it died of
     said: str
     calls: list[str]    # those counted, or the one that was met
+    seconds: float      # since its signal
 
 
 @dataclass(frozen=True)
 class Case:
-    """A run folder and a cache of its own, both in `place`."""
+    """A run folder and a cache of its own, both in `place`; `words` are `--set` for the recipe."""
 
     place: Path
     recipe: Path
+    words: tuple[str, ...] = ()
 
     @property
     def run(self) -> Path:
         return self.place / "run"
 
-    def start(self, mode: int = OFF, at: int = 0, error: int = 0, kill_after: float | None = None) -> End:
-        """`finetune train` in a new process: to its end, or until SIGKILL `kill_after` seconds from its start."""
+    def start(self, mode: int = OFF, at: int = 0, error: int = 0, number: int = signal.SIGKILL, after: float | None = None,
+              first: Callable[[], None] = lambda: None) -> End:
+        """`finetune train` in a new process, which calls `first` first: to its end, or until signal `number` comes, `after`
+        seconds from its start."""
         self.place.mkdir(parents=True, exist_ok=True)
         said, trace = self.place.with_suffix(".said"), self.place.with_suffix(".calls")
         pid = os.fork()
         if pid == 0:
-            self._child(said, trace, mode, at, error)
-        begin = time.monotonic()
+            self._child(said, trace, mode, at, error, first)
+        begin = sent = time.monotonic()
         while True:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 break
             age = time.monotonic() - begin
-            if kill_after is not None and age > kill_after or age > SECONDS:
+            if after is not None and age > after:
+                os.kill(pid, number)
+                sent, after = time.monotonic(), None
+            if age > SECONDS:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.005)
-        return End(os.waitstatus_to_exitcode(status), said.read_text(errors="replace"), trace.read_text().splitlines())
+        return End(os.waitstatus_to_exitcode(status), said.read_text(errors="replace"), trace.read_text().splitlines(),
+                   time.monotonic() - sent)
 
-    def _child(self, said: Path, trace: Path, mode: int, at: int, error: int) -> None:
+    def _child(self, said: Path, trace: Path, mode: int, at: int, error: int, first: Callable[[], None]) -> None:
         code = 70
         try:
             out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -113,11 +137,14 @@ class Case:
             os.dup2(out, 2)
             counted = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             os.environ["FINETUNE_CACHE"] = str(self.place / "cache")
+            signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores it
+            first()
             ctypes.CDLL(os.environ["FAULTS_SHIM"]).faults_arm(
                 str(self.place).encode(), mode, ctypes.c_long(at), error, counted)
             from finetune.cli import main
 
-            code = main(["train", str(self.recipe), "--run", str(self.run)])
+            code = main(["train", str(self.recipe), "--run", str(self.run),
+                         *(word for own in self.words for word in ("--set", own))])
             if mode == COUNT:
                 self.place.with_suffix(".modules").write_text("\n".join(sys.modules))
         except SystemExit as e:
@@ -131,9 +158,10 @@ class Case:
             os._exit(code)
 
     def outcome(self) -> dict[str, str]:
-        """What came out: a hash of every file of the adapter, and the log without its speeds."""
+        """What came out: a hash of every file of the adapter and of the last checkpoint, and the log without its speeds."""
+        last = max((self.run / "checkpoints").glob("step-*"))
         files = {str(p.relative_to(self.run)): hashlib.sha256(p.read_bytes()).hexdigest()
-                 for p in sorted((self.run / "adapter").rglob("*")) if p.is_file()}
+                 for folder in (self.run / "adapter", last) for p in sorted(folder.rglob("*")) if p.is_file()}
         lines = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
         plain = [{key: value for key, value in line.items() if key not in ("images_per_second", "memory_mb")} for line in lines]
         return files | {"log": json.dumps(plain)}
@@ -150,19 +178,20 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def reference(method: str, place: Path) -> tuple[Path, End, dict[str, str], float]:
-    """The recipe, the undisturbed run, what came out of it, and its seconds."""
+def reference(method: str, place: Path, words: tuple[str, ...] = ()) -> tuple[Path, list[str], dict[str, str], float]:
+    """The recipe, and of the undisturbed run the calls, what came out, and the seconds."""
     import finetune.train.loop      # noqa: F401
 
-    path, begin = recipe(place / "given", method), time.monotonic()
-    whole = Case(place / "whole", path)
+    path = recipe(place / "given", method)
+    whole, again = (Case(place / name, path, words) for name in ("whole", "again"))
     end = whole.start(COUNT)
     assert end.code == 0, end.said
-    seconds = time.monotonic() - begin
     for name in whole.place.with_suffix(".modules").read_text().splitlines():      # so that no other run has to
         with suppress(Exception):
             importlib.import_module(name)
-    return path, end, whole.outcome(), seconds
+    begin = time.monotonic()
+    assert again.start().code == 0 and again.outcome() == whole.outcome(), "two undisturbed runs differ"
+    return path, end.calls, whole.outcome(), time.monotonic() - begin
 
 
 def chosen(count: int, sample: int, seed: int) -> list[int]:

@@ -16,20 +16,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import KILL, OFF, TEAR, Case, arguments, chosen, reference, restarted  # noqa: E402
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     parser = arguments(__doc__)
     parser.add_argument("--random", type=int, default=0, metavar="N", help="kills at random times")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     restarted()
     with tempfile.TemporaryDirectory(prefix="kill-") as folder:
         place = Path(folder)
-        recipe, end, wanted, seconds = reference(args.method, place)
-        calls = [(KILL, k) for k in range(1, len(end.calls) + 1)]
-        calls += [(TEAR, k) for k, call in enumerate(end.calls, 1) if call.startswith("write ")]
+        recipe, met, wanted, seconds = reference(args.method, place)
+        calls = [(KILL, k) for k in range(1, len(met) + 1)]
+        calls += [(TEAR, k) for k, call in enumerate(met, 1) if call.startswith("write ")]
         calls = [calls[i - 1] for i in chosen(len(calls), args.sample, args.seed)]
         draw = random.Random(args.seed)
         times = [draw.uniform(0, seconds) for _ in range(args.random)]
-        print(f"{args.method}: {len(end.calls)} calls in {seconds:.1f} s; {len(calls)} kills at calls, {len(times)} at times", flush=True)
+        print(f"{args.method}: {len(met)} calls in {seconds:.1f} s; {len(calls)} kills at calls, {len(times)} at times", flush=True)
         survived = sum(killed(Case(place / "case", recipe), wanted, mode, k) for mode, k in calls)
         survived += sum(killed(Case(place / "case", recipe), wanted, OFF, 0, time) for time in times)
     print(f"{args.method}: {survived}/{len(calls) + len(times)} kills end with the same bytes")
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def killed(case: Case, wanted: dict[str, str], mode: int, k: int, after: float | None = None) -> bool:
-    first = case.start(mode, k, kill_after=after)
+    first = case.start(mode, k, after=after)
     where = f"{'torn' if mode == TEAR else 'before'} {' '.join(first.calls)}" if mode else f"after {after:.2f} s"
     why = "" if first.code == -signal.SIGKILL or mode == OFF else f"ended with {first.code}: {first.said[-2000:]}"
     if not why:

@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import ROOT, recipe  # noqa: E402
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=int, default=100)
-    count = parser.parse_args().sample
+    count = parser.parse_args(arguments).sample
     with tempfile.TemporaryDirectory(prefix="second-") as folder:
         place = Path(folder)
         environment = {**os.environ, "FINETUNE_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1",

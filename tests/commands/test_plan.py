@@ -24,6 +24,31 @@ def test_nothing_is_loaded_and_a_lever_makes_it_fit(recipe, capsys):
     assert levered["peak"] == tight["smallest"]["peak"]
 
 
+def test_few_bits_are_planned_as_they_are_loaded(recipe):
+    from finetune.families import sd1
+    from finetune.families.base import Changes
+    from finetune.recipe import load
+    from finetune.train.plan import needs, size
+
+    need = needs(load(recipe, ["base.quantize=nf4"]).recipe)
+    real = sd1.load("tiny", changes=Changes(quantize="nf4")).parts
+    assert need.weights == {name: size(part) for name, part in real.items()}
+
+
+def test_out_of_memory_names_what_the_levers_save(recipe, train, tmp_path, monkeypatch, capsys):
+    import torch
+
+    from finetune.train import loop
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(loop, "one_step", full)
+    assert train(recipe, tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "Tried to allocate" in said and "--set train.gradient_checkpointing=true\n      saves" in said
+
+
 def test_what_cannot_be_planned(recipe, capsys):
     assert main(["plan", str(recipe), "--vram", "much"]) == 2
     assert "8GB" in capsys.readouterr().err

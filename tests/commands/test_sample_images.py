@@ -1,5 +1,6 @@
 """`finetune sample --image … --mask …`, and what the pictures say of themselves."""
 
+import inspect
 import json
 import re
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from finetune import registry
 from finetune.cli import main
-from finetune.families.base import TINY
+from finetune.families.base import TINY, kind_of, locate
 from finetune.train import sampling
 from finetune.train.jobs import Job
 
@@ -148,3 +149,29 @@ def test_pictures_are_not_replaced_unasked(tmp_path, capsys):
     assert sample(tmp_path, "--prompt", "a blue star", "--overwrite") == 0
     assert path.read_bytes() != before and capsys.readouterr() == ("", "")
     assert [path] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, verbs", [("sd21", ("text", "image", "inpaint")), ("sdxl", ("text", "image", "inpaint")),
+                                         ("sd3-medium", ("text", "image", "inpaint")), ("sd35-medium", ("text", "image", "inpaint")),
+                                         ("sd15-inpainting", ("inpaint",)), ("x4-upscaler", ("upscale",))])
+def test_every_family_paints_what_the_plain_pipeline_paints(name, verbs, member, files, tmp_path):
+    base, family = str(member(name)), kind_of(locate(str(member(name))))
+    start = {"sdxl": "StableDiffusionXL", "sd3": "StableDiffusion3"}.get(family, "StableDiffusion")
+    given = {"image": Image.open(files["image"]), "mask_image": Image.open(files["mask"])}
+    for verb in verbs:
+        order, words = {"text": ([], ()), "image": (["--image", "--strength", "0.75"], ("image",)),
+                        "inpaint": (["--image", "--mask", "--strength", "0.75"], ("image", "mask_image")),
+                        "upscale": (["--image", "--upscale"], ("image",))}[verb]
+        order = [part for word in order for part in (word, *([str(files[word[2:]])] if word[2:] in files else []))]
+        options = {word: given[word] for word in words} | ({"strength": 0.75} if "--strength" in order else {})
+        if verb != "upscale":
+            order, options = [*order, "--size", "64x64"], options | {"height": 64, "width": 64}
+        assert main(["sample", "--base", base, "--family", family, "--prompt", "a blue star", "--negative", "red", "--seed", "6",
+                     "--guidance", "3", "--steps", "3", *order, "--quiet", "--out", str(tmp_path / verb)]) == 0
+        ending = {"text": "", "image": "Img2Img", "inpaint": "Inpaint", "upscale": "Upscale"}[verb]
+        plain = getattr(diffusers, f"{start}{ending}Pipeline").from_pretrained(base, dtype=torch.float32)
+        if "height" not in inspect.signature(plain.__call__).parameters:
+            options = {word: value for word, value in options.items() if word not in ("height", "width")}
+        wanted = plain("a blue star", negative_prompt="red", generator=torch.Generator().manual_seed(6), num_inference_steps=3,
+                       guidance_scale=3.0, **options).images[0]
+        assert np.abs(pixels(next((tmp_path / verb).iterdir())) - pixels(wanted)).max() <= 1, verb

@@ -1,5 +1,6 @@
 """merge, extract and resize on the tiny base, through their commands."""
 
+import hashlib
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from finetune import registry
 from finetune.artifact import Artifact, modules, read_header, read_tensors
 from finetune.change import core
 from finetune.cli import main
+from finetune.families import _single
 from finetune.families import base as families
 from finetune.formats import base as formats
 
@@ -148,7 +150,10 @@ def test_resize_keeps_the_format_and_what_the_file_says(tiny, tmp_path, capsys, 
     header = read_header(files["two"])
     facts = formats.identify(header)
     assert facts["format"] == form and facts["ranks"] == [2] and header.metadata["ss_steps"] == "9"
-    assert "sshs_model_hash" not in header.metadata and "finetune.resized" in header.metadata
+    data = files["two"].read_bytes()
+    own = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()      # as A1111 and sd-scripts have it
+    assert header.metadata["sshs_model_hash"] == own and header.metadata["modelspec.hash_sha256"] == f"0x{own}"
+    assert "finetune.resized" in header.metadata
     assert form == "diffusers" or header.metadata["ss_network_dim"] == header.metadata["ss_network_alpha"] == "2"
 
 
@@ -187,3 +192,22 @@ def test_extract_finds_what_was_merged(tiny, tmp_path, capsys):
     assert "layer " in table.splitlines()[0] and f"{FC1} " in table and "error 0." in table
     for stem, share in lacks(wanted, changes(out)).items():
         assert share <= 0.5 ** 0.5, stem
+
+
+def test_extract_between_single_files(tiny, tmp_path, monkeypatch, capsys):
+    """Of the tiny base, whose config is no published one."""
+    base = families.locate("tiny")
+    known = {name: base.config(name) for name in ("unet", "text_encoder", "vae")} | {"model_index": base.index, "scheduler": {}}
+    monkeypatch.setattr(_single, "configs", lambda found: known)
+    file, zero = (lora(tiny, tmp_path / f"{scale}.safetensors", {TO_K: 4, CONV: 4, FC1: 4}, scale) for scale in (0, 1))
+    for adapter, out in ((f"{zero}:0", "base"), (file, "tuned")):
+        assert main(["merge", "--base", "tiny", "--dtype", "float32", "--adapter", str(adapter), "--out", str(tmp_path / out) + ".safetensors"]) == 0
+    wanted = changes(file)
+    for before in ("tiny", str(tmp_path / "base.safetensors")):
+        out = tmp_path / f"from_{before[:4].strip('/')}.safetensors"
+        assert main(["extract", "--base", before, "--tuned", str(tmp_path / "tuned.safetensors"), "--rank", "4", "--dtype", "float32",
+                     "--out", str(out)]) == 0
+        found = changes(out)
+        assert found.keys() == wanted.keys()
+        for stem, change in wanted.items():
+            torch.testing.assert_close(found[stem], change, rtol=0, atol=1e-5)

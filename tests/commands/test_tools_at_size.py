@@ -1,4 +1,4 @@
-"""merge, extract, resize and inspect at the size of SD 1.5, on random weights: time and memory.
+"""merge, extract, resize, inspect and train at the size of SD 1.5, on random weights: time and memory.
 
     python -m pytest tests/commands/test_tools_at_size.py -m slow -s
 """
@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from finetune.families.base import TINY
 
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 6.0     # GiB of memory, all pages of mapped files counted
 
 MAKE = """
@@ -52,7 +54,7 @@ formats.save(Artifact("lora", "sd1", lora, {}), folder / "lora.safetensors", "ko
 """
 
 
-def call(*words) -> tuple[str, float]:
+def call(*words, limit: float = LIMIT) -> tuple[str, float]:
     """(what it printed, seconds) of `finetune`, within the limit."""
     begin, (read, write) = time.perf_counter(), os.pipe()
     process = subprocess.Popen([sys.executable, *map(str, words)], stdout=write)
@@ -63,7 +65,7 @@ def call(*words) -> tuple[str, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds, memory = time.perf_counter() - begin, usage.ru_maxrss / 2**20
     print(f"{' '.join(map(str, words[2:4])):.60}: {seconds:.0f} s, {memory:.2f} GiB, exit {process.returncode}", flush=True)
-    assert process.returncode == 0 and memory < LIMIT
+    assert process.returncode == 0 and memory < limit
     return text, seconds
 
 
@@ -89,3 +91,16 @@ def test_within_six_gigabytes(tmp_path):
     call(*finetune, "merge", "--adapter", lora, "--adapter", sized, "--rank", 16, "--out", tmp_path / "both16.safetensors")
     text, _ = call(*finetune, "inspect", sized)
     print(text)
+
+
+@pytest.mark.slow
+def test_two_steps_at_256_pixels_within_eight_gigabytes(pictures, tmp_path):
+    """The base is made once, where scripts/bench.py has it too."""
+    base, limit = ROOT / "runs" / "bench" / "sd15", 8e9 / 2**30
+    call(ROOT / "scripts" / "random_base.py", "sd15", base, limit=limit)
+    words = [f"base.path={base}", "base.variant=null", "base.dtype=float32", f"data.images={pictures}", "data.resolution=256",
+             "train.max_steps=2", "train.warmup_steps=0", "train.mixed_precision='no'", "train.batch_size=1", "every.preview=0"]
+    call("-m", "finetune", "train", ROOT / "recipes" / "sd15_lora_style_8gb.yaml", "--run", tmp_path / "run",
+         *(part for word in words for part in ("--set", word)), limit=limit)
+    found = json.loads((tmp_path / "run" / "adapter" / "verify.json").read_text())
+    assert found and all(check["passed"] for checks in found.values() for check in checks)

@@ -27,6 +27,11 @@ def changed(name, value):
     return lora() | {PATH + name: value}
 
 
+def peft():
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    return {f"{name}.lora_A.weight": torch.ones(2, 128), f"{name}.lora_B.weight": torch.ones(64, 2)}
+
+
 def header(edit):
     """The file with another header of the same length of data."""
     data = save(lora())
@@ -65,6 +70,14 @@ FILES = {
     "overlapping": (header(overlap), "should start at byte"),
     "another family": (save(lora(width=768), WIDE), "its metadata say sdxl, but its shapes are those of sd1"),
     "another rank": (save(lora(), {"ss_network_dim": "64"}), "its metadata say rank 64, but its tensors have 2"),
+    "another alpha": (save(lora(), {"ss_network_alpha": "16"}), "its metadata say alpha 16, but its tensors have 1"),
+    "another rank for peft": (save(peft(), {"lora_adapter_metadata": '{"unet.r": 64, "unet.lora_alpha": 1}'}),
+                              "its metadata say rank 64, but its tensors have 2"),
+    "a rank that is none": (save(peft(), {"lora_adapter_metadata": '{"unet.r": [2]}'}), "is not what diffusers writes"),
+    "whole numbers": (save(changed("k.lora_up.weight", torch.ones(64, 2, dtype=torch.int32))), "lora_B has numbers of the type int32"),
+    "a module twice": (save(lora() | peft()), "and another key both mean .*attn2.to_k.lora_A"),
+    "no tensors": (save({}), "no format reads it: kind unknown, keys none"),
+    "a token of zeros": (save({"emb_params": torch.zeros(2, 128)}), "FAIL  not zero  .*0 of 1 tensors"),
     "a foreign key": (save(lora() | {"lora_unet_what_is_this.alpha": torch.tensor(1.0)}), "lora_unet_what_is_this.alpha': no name of an adapter"),
 }
 

@@ -126,7 +126,7 @@ def test_sd3_from_a_single_file_and_its_patches(member, write, train, tmp_path, 
     shipped = _single.configs
     monkeypatch.setattr(_single, "configs", lambda known: shipped(known) | own)
     again = sd3.load(str(file))
-    assert family.parts.keys() - again.parts.keys() == {"t5"} and again.tokenizers.keys() == {"text", "text_2"}
+    assert family.parts.keys() - again.parts.keys() == {"text_3"} and again.tokenizers.keys() == {"text", "text_2"}
     for part, module in again.parts.items():
         state = module.state_dict()
         assert all(torch.equal(state[name], t) for name, t in family.parts[part].state_dict().items())

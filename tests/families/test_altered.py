@@ -13,7 +13,7 @@ from finetune.artifact import read_header
 from finetune.cli import main
 from finetune.errors import FinetuneError
 from finetune.families import base as families
-from finetune.families import sd1, sdxl
+from finetune.families import sd1, sd3, sdxl
 from finetune.families._altered import altered
 from finetune.families.base import TINY, Changes, locate
 
@@ -62,11 +62,45 @@ def test_a_part_of_another_family_is_refused(other, tmp_path, part, file, fields
     (Changes({"vae": "nowhere"}), "base.vae: nowhere"),
     (Changes({"vae": str(TINY / "text_encoder" / "model.safetensors")}), "base.vae: .*it holds no vae, but text_encoder"),
     (Changes({"vae": str(TINY / "unet")}), "base.vae: .*scaling_factor is 0.18215"),
+    (Changes({"text": "none"}), "base.text: sd1 cannot do without it; none is for text_3"),
     (Changes(clip_skip=4), "base.clip_skip: 4 leaves none of the 3 layers; at most 3"),
 ])
 def test_what_cannot_be_is_told(changes, said):
     with pytest.raises(FinetuneError, match=said):
         sd1.load("tiny", changes=changes)
+
+
+def test_a_t5_comes_from_elsewhere_with_its_vocabulary_or_is_left_out(member, tmp_path):
+    with_t5, without = (str(member(name)) for name in ("sd35-medium", "sd3-medium"))
+    long = ["red " * 100]
+    whole, added, less = (sd3.load(path, changes=Changes({"text_3": t5} if t5 else {})) for path, t5 in (
+        (with_t5, None), (without, with_t5), (with_t5, "none")))
+    assert "text_3" not in less.parts and "75 tokens" in less.notes[-1] and "255 tokens" in added.notes[-1]
+    states = [family.encode_text(long if family is not less else ["red"]).tokens[:, 77:] for family in (whole, added, less)]
+    assert torch.equal(states[0], states[1]) and states[0].any() and not states[2].any()
+    del whole.parts["text_3"]       # let go, and loaded again where a text is read
+    assert torch.equal(whole.encode_text(long).tokens[:, 77:], states[0])
+    with pytest.raises(FinetuneError, match="would lose"):
+        less.encode_text(long)
+
+    shutil.copyfile(member("sd35-medium") / "text_encoder_3" / "model.safetensors", tmp_path / "t5.safetensors")
+    for path in (tmp_path / "t5.safetensors", f"{with_t5}/text_encoder_3"):
+        with pytest.raises(FinetuneError, match="base.text_3: .* has no tokenizer_3, and neither has the base: give"):
+            sd3.load(without, changes=Changes({"text_3": str(path)}))
+        same = sd3.load(with_t5, changes=Changes({"text_3": str(path)}))
+        assert families.fingerprint({"": same.parts["text_3"]}) == families.fingerprint({"": whole.parts["text_3"]})
+
+
+def test_what_a_base_predicts_can_be_said_and_goes_with_it(member, tmp_path):
+    family = sd1.load("tiny", changes=Changes(prediction="v_prediction", zero_snr=True))
+    families.write(family, tmp_path / "said", torch.float32)
+    for each in (family, sd1.outline(str(tmp_path / "said"))):
+        assert each.path.prediction == "v_prediction" and each.path.alphas_cumprod[-1] == 0
+        assert each.scheduler.config.timestep_spacing == "trailing" and each.scheduler.config.rescale_betas_zero_snr
+    with pytest.raises(FinetuneError, match="zero signal"):
+        sd1.outline("tiny", changes=Changes(zero_snr=True))
+    with pytest.raises(FinetuneError, match="base.prediction: a base on rectified flow"):
+        sd3.outline(str(member("sd3-medium")), changes=Changes(prediction="epsilon"))
 
 
 def test_two_encoders_are_never_skipped():

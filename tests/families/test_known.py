@@ -11,13 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from finetune import registry
-from finetune.artifact import Header
+from finetune.artifact import Header, modules
 from finetune.families import _original
 from finetune.families.base import CLIP_TARGETS
 from finetune.formats import _joint
 from finetune.formats.base import identify
-from finetune.formats._sgm import from_sgm, to_sgm
-from finetune.formats.kohya import _dotted
+from finetune.formats._dialects import dotted, from_ldm, to_sgm
 from finetune.methods._targets import Part, resolve
 
 CONFIGS = Path(registry.__file__).parent / "assets" / "configs"
@@ -42,7 +41,7 @@ def known(request):
             if component in parts:
                 made[part] = CLASSES[parts[component]["architectures"][0]](CLIPTextConfig(**parts[component]))
         if "text_encoder_3" in parts:
-            made["t5"] = T5EncoderModel(T5Config(**parts["text_encoder_3"]))
+            made["text_3"] = T5EncoderModel(T5Config(**parts["text_encoder_3"]))
     return request.param, made
 
 
@@ -60,9 +59,9 @@ def test_sizes_and_lora_modules(known):
     # That of SD 3's CLIP-L is projected, by an identity
     small = 123_650_304 if sd3 else 123_060_480
     assert count["text"] == (small if name[:3] in ("sd3",) or name[:4] in ("sd15", "sdxl") else 340_387_840)
-    assert count.get("text_2", 694_659_840) == 694_659_840 and count.get("t5", 4_762_310_656) == 4_762_310_656
+    assert count.get("text_2", 694_659_840) == 694_659_840 and count.get("text_3", 4_762_310_656) == 4_762_310_656
     spec = registry.find("families", FAMILIES[name]).SPEC
-    assert [len(paths(made, part, spec, ["all"])) for part in made if part.startswith(("denoiser", "text"))] == MODULES[name]
+    assert [len(paths(made, part, spec, ["all"])) for part in ("denoiser", *spec.encoders)] == MODULES[name]
     if not sd3:
         adapted = {f"lora_unet_{path.replace('.', '_')}.lora_down.weight":
                    ("F16", (4, *made["denoiser"].get_submodule(path).weight.shape[1:]))
@@ -75,14 +74,16 @@ def test_every_layer_of_sd3_has_its_place_in_the_original(known):
     if name not in FUSED:
         return
     lora = {"lora_A": torch.zeros(1, 1), "lora_B": torch.zeros(1, 1), "alpha": torch.tensor(1.0)}
+
+    def fused(paths):
+        return {path for _, path in modules(_joint.fused({f"denoiser.{path}.{role}": t for path in paths for role, t in lora.items()}))}
+
     ours = paths(made, "denoiser", registry.find("families", "sd3").SPEC, ["all"])
-    file = _joint.fused(dict.fromkeys(ours, lora))
-    stems = {key.partition(".")[0].removeprefix("lora_unet_") for key in file}
-    rows = _original.rows("mmdit", made["denoiser"].state_dict())
-    weights = {row.theirs.removesuffix(".weight").replace(".", "_") for row in rows}
-    assert len(stems) == FUSED[name] and stems <= weights
+    weights = {row.theirs.removesuffix(".weight") for row in _original.rows("mmdit", made["denoiser"].state_dict())}
+    assert len(fused(ours)) == FUSED[name] and fused(ours) <= weights
     everything = [path for path, m in made["denoiser"].named_modules() if isinstance(m, torch.nn.Linear)]
-    assert len(_joint.fused(dict.fromkeys(everything, lora))) > len(file)
+    assert len(fused(everything)) > len(fused(ours))
+    assert all(dotted(path.replace(".", "_")) == path for path in fused(everything) | {*everything})
 
 
 def test_what_it_costs_to_show_a_hole(known):
@@ -105,7 +106,7 @@ def test_the_names_of_sgm_are_those_that_diffusers_reads(known):
     ours = paths(made, "denoiser", registry.find("families", "sdxl").SPEC, ["all", "conv"])
     assert len(ours) == 722 + 66 and len({to_sgm(path) for path in ours}) == len(ours)
     for path in ours:
-        assert from_sgm(to_sgm(path)) == path == from_sgm(path) and _dotted(to_sgm(path).replace(".", "_"), True) == to_sgm(path)
+        assert from_ldm(to_sgm(path)) == path == from_ldm(path) and dotted(to_sgm(path).replace(".", "_")) == to_sgm(path)
     flat = {f"lora_unet_{to_sgm(path).replace('.', '_')}.{role}": torch.zeros(2, 2)
             for path in ours for role in ("lora_down.weight", "lora_up.weight")}
     theirs, _ = _convert_non_diffusers_lora_to_diffusers(_maybe_map_sgm_blocks_to_diffusers(flat, made["denoiser"].config))

@@ -281,7 +281,7 @@ def test_a_file_that_is_not_whole_or_of_another_model_is_refused(tmp_path):
 
     key = "model.diffusion_model.out.2.weight"
     assert f"its unet lacks 1 of 686 tensors, for example {key}" in problem({k: t for k, t in tensors.items() if k != key})
-    assert "it holds no vae: give" in problem({k: t for k, t in tensors.items() if not k.startswith("first_")}, "vae")
+    assert "it holds no vae" in problem({k: t for k, t in tensors.items() if not k.startswith("first_")}, "vae")
     assert "has 1 tensors that this model has no place for" in problem(tensors | {"model.diffusion_model.extra.weight": torch.ones(1)})
     other = original("sd3", {"vae": parts(shrunk("sd3-medium"))["vae"]})
     said = problem({k: t for k, t in tensors.items() if not k.startswith("first_")} | other, "vae")
@@ -368,7 +368,7 @@ def test_a_checkpoint_without_a_vae_takes_one(tmp_path, monkeypatch):
     file = tmp_path / "pruned.safetensors"
     save_file(original("sd1", {name: module for name, module in modules.items() if name != "vae"}), file)
     modules["vae"].save_pretrained(tmp_path / "vae")
-    with pytest.raises(FinetuneError, match="it holds no vae: .* or the part by itself, such as base.vae"):
+    with pytest.raises(FinetuneError, match="it holds no vae: give a whole checkpoint, or beside it base.vae"):
         sd1.load(str(file))
     family = sd1.load(str(file), changes=Changes({"vae": str(tmp_path / "vae")}))
     assert same(family.parts["vae"].state_dict(), modules["vae"].state_dict())

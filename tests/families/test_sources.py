@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.families import sd1
-from finetune.families.base import TINY, locate
+from finetune.families.base import TINY, Parts, fingerprint, locate
 
 WEIGHTS = {"unet": "unet/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors",
            "text_encoder": "text_encoder/model.safetensors"}
@@ -181,3 +181,15 @@ def test_the_noising_process_is_read_from_the_scheduler(base, fields):
     assert family.path.prediction == fields.get("prediction_type", "epsilon")
     assert family.path.steps == fields.get("num_train_timesteps", 1000)
     torch.testing.assert_close(family.path.alphas_cumprod.float(), family.scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
+
+
+def test_a_part_that_is_loaded_again_is_what_it_was():
+    value = [1.0]
+    parts = Parts(lambda name: torch.nn.PReLU(init=value[0]), ["text", "vae"])
+    before = fingerprint({"vae": parts["vae"]})
+    parts.let_go("vae", before)
+    assert set(parts) == {"text"} and fingerprint({"vae": parts["vae"]}) == before
+    parts.let_go("vae", before)
+    value[0] = 2.0      # the file, changed during the run
+    with pytest.raises(FinetuneError, match="the weights of its vae are others than at the start"):
+        parts["vae"]

@@ -141,6 +141,19 @@ def test_different_alphas_are_one_for_diffusers(names):
     assert counts(found) == [263, *[264] * 7]
 
 
+def test_invokeai_takes_resnets_alone_for_sdxl(names):
+    for family, te, right in (("sd1", [], "refused"), ("sd1", flat("lora_te", text()), 158), ("sdxl", [], 66), ("sd2", [], "refused")):
+        assert counts(header(te + flat("lora_unet", names[family][1]), *PAIR), family)[5] == right
+    deep = [name for name in names["sdxl"][0] if "attn1" in name]
+    assert counts(header(flat("lora_unet", deep), *PAIR), "sdxl")[5] == len(deep)
+    assert counts(header(flat("lora_te1", text()), *PAIR), "sdxl")[5] == R
+
+
+def test_a_rank_of_one_is_none_for_stable_diffusion_cpp(names):
+    assert counts(header(both(names), *PAIR, shape=(1, 8))) == [*[264] * 7, W]
+    assert counts(header(both(names), *PAIR, shape=(1, 8), alpha=None)) == [264] * 8
+
+
 def test_names_of_sd2_and_sdxl(names):
     linear, conv, _ = names["sdxl"]
     for own, total in ((linear, 986), (linear + conv, 1052)):

@@ -106,6 +106,83 @@ def test_every_dialect_loads_and_converts_to_the_same_adapter(tmp_path, make, al
         assert all(torch.equal(found[name], t) for name, t in artifact.tensors.items())
 
 
+XL = {      # diffusers → SGM, of SDXL: three levels, the upsampler of the first behind its attention
+    f"{ATTENTION}.to_k": "input_blocks.4.1.transformer_blocks.0.attn2.to_k",
+    "mid_block.attentions.0.transformer_blocks.9.ff.net.2": "middle_block.1.transformer_blocks.9.ff.net.2",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv", "up_blocks.2.resnets.2.conv_shortcut": "output_blocks.8.0.skip_connection",
+    "add_embedding.linear_1": "label_emb.0.0",
+}
+JOINT = {   # diffusers → SD 3 as published, by OneTrainer's table, where q, k and v have numbers
+    **{f"transformer_blocks.1.{ours}": f"joint_blocks.1.{theirs}" for ours, theirs in {
+        "attn.to_q": "x_block.attn.qkv.0", "attn.to_k": "x_block.attn.qkv.1", "attn.to_v": "x_block.attn.qkv.2",
+        "attn.to_out.0": "x_block.attn.proj", "attn.add_q_proj": "context_block.attn.qkv.0", "attn.add_k_proj": "context_block.attn.qkv.1",
+        "attn.add_v_proj": "context_block.attn.qkv.2", "attn.to_add_out": "context_block.attn.proj", "ff.net.0.proj": "x_block.mlp.fc1",
+        "ff_context.net.2": "context_block.mlp.fc2", "norm1.linear": "x_block.adaLN_modulation.1"}.items()},
+    "norm_out.linear": "final_layer.adaLN_modulation.1", "context_embedder": "context_embedder", "proj_out": "final_layer.linear",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+}
+T5 = ["encoder.block.3.layer.0.SelfAttention.q", "encoder.block.0.layer.1.DenseReluDense.wi_0"]
+PATHS = {"sdxl": {"denoiser": list(XL), "text": TEXT, "text_2": TEXT}, "sd3": {"denoiser": list(JOINT), "text": TEXT, "text_2": TEXT, "t5": T5}}
+TE = {"text": "lora_te1", "text_2": "lora_te2", "t5": "lora_te3"}
+OF_COMFY = {"text": "text_encoders.clip_l.transformer", "text_2": "text_encoders.clip_g.transformer", "t5": "text_encoders.t5xxl.transformer"}
+OF_OMI = {"text": "clip_l", "text_2": "clip_g", "t5": "t5"}
+OF_DIFFUSERS = {"text": "text_encoder", "text_2": "text_encoder_2", "t5": "text_encoder_3"}
+FOREIGN = [     # dialect, family, flat or dotted, prefixes, our names → theirs, roles
+    ("diffusers", "sdxl", False, OF_DIFFUSERS | {"denoiser": "unet"}, {}, PEFT),
+    ("sd-scripts, A1111", "sdxl", True, TE | {"denoiser": "lora_unet"}, XL, ROLES),
+    ("OneTrainer, ai-toolkit", "sdxl", True, TE | {"denoiser": "lora_unet"}, {}, ROLES),
+    ("OneTrainer OMI", "sdxl", False, OF_OMI | {"denoiser": "unet"}, XL, ROLES),
+    ("ComfyUI", "sdxl", False, OF_COMFY | {"denoiser": "diffusion_model"}, XL, ROLES),
+    ("SimpleTuner", "sd3", False, OF_DIFFUSERS | {"denoiser": "transformer"}, {}, PEFT),
+    ("OneTrainer", "sd3", True, TE | {"denoiser": "lora_transformer"}, {}, ROLES),
+    ("dotted", "sd3", False, TE | {"denoiser": "lora_transformer"}, {}, ROLES),
+    ("OneTrainer OMI", "sd3", False, OF_OMI | {"denoiser": "transformer"}, JOINT, ROLES),
+    ("SimpleTuner LyCORIS", "sd3", True, {"denoiser": "lycoris"}, {}, ROLES),
+    ("peft", "sd3", False, {"denoiser": "base_model.model"}, {}, PEFT),
+    ("sd-scripts", "sd3", True, TE | {"denoiser": "lora_unet"}, JOINT, ROLES),
+    ("ai-toolkit, ComfyUI", "sd3", False, OF_COMFY | {"denoiser": "diffusion_model"}, JOINT, PEFT),
+]
+
+
+@pytest.mark.parametrize("family, is_flat, prefixes, names, roles", [row[1:] for row in FOREIGN], ids=[f"{r[0]} {r[1]}" for r in FOREIGN])
+def test_every_dialect_of_the_larger_families(tmp_path, family, is_flat, prefixes, names, roles):
+    """Of SD 3 the file has q, k and v as one where its tool writes them so, and shift and scale of the last norm turned."""
+    torch.manual_seed(0)
+    tensors, theirs = {}, {}
+    for part, path in ((part, path) for part in prefixes for path in PATHS[family].get(part, ())):
+        rows = 12 if path == "norm_out.linear" else 8
+        lora = {"lora_A": torch.randn(4, 6), "lora_B": torch.randn(rows, 4), "alpha": torch.tensor(2.0 if "alpha" in roles else 4.0)}
+        tensors |= {f"{part}.{path}.{role}": t for role, t in lora.items()}
+        if names.get(path) == "final_layer.adaLN_modulation.1":
+            lora["lora_B"] = lora["lora_B"].roll(6, 0)
+        theirs[part, names.get(path, path) if part == "denoiser" else path] = lora
+    if "clip_l" not in prefixes.values():       # OneTrainer alone gives q, k and v numbers
+        for stem in [stem for _, stem in theirs if stem.endswith(".qkv.0")]:
+            three = [theirs.pop(("denoiser", f"{stem[:-1]}{i}")) for i in range(3)]
+            theirs["denoiser", stem[:-2]] = {"lora_A": torch.cat([lora["lora_A"] for lora in three]), "alpha": 3 * three[0]["alpha"],
+                                             "lora_B": torch.block_diag(*(lora["lora_B"] for lora in three))}
+    dot = "_" if is_flat else "."
+    file = {f"{prefixes[part]}{dot}{path.replace('.', dot)}{roles[role]}": t.contiguous() for (part, path), lora in theirs.items()
+            for role, t in lora.items() if role in roles}
+    save_file(file, tmp_path / "x.safetensors")
+    spec = registry.find("families", family).SPEC
+    for target in ("kohya", "diffusers"):
+        out = tmp_path / f"{target}.safetensors"
+        assert main(["convert", str(tmp_path / "x.safetensors"), "--family", family, "--to", target, "--out", str(out)]) == 0
+        for path in (tmp_path / "x.safetensors", out):
+            found = base.load(path, spec).tensors
+            assert found.keys() == tensors.keys()
+            assert all(torch.equal(found[name], t) for name, t in tensors.items())
+    assert main(["verify", str(tmp_path / "x.safetensors"), "--family", family]) == 0
+
+
+def test_sd3_is_known_by_its_width(tmp_path):
+    save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1, 1536)}, tmp_path / "x")
+    assert base.identify(base.read_header(tmp_path / "x"))["family"] == "sd3"
+    save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1, 3072)}, tmp_path / "x")     # FLUX
+    assert base.identify(base.read_header(tmp_path / "x"))["family"] is None
+
+
 def test_the_first_attention_processors_of_diffusers(tmp_path):
     artifact = adapter(("denoiser",), only="attn2")
     names = {f"{ATTENTION}.to_k": "to_k", f"{ATTENTION}.to_out.0": "to_out"}
@@ -117,8 +194,7 @@ def test_the_first_attention_processors_of_diffusers(tmp_path):
 
 def test_ldm_names_are_those_of_the_published_unet():
     for ours, theirs in LDM.items():
-        assert _dialects.from_ldm(theirs, ".") == ours and _dialects.from_ldm(flat("", theirs)[1:], "_") == flat("", ours)[1:]
-    assert _dialects.from_ldm("joint_blocks_0_x_block_attn_qkv", "_") is None
+        assert _dialects.from_ldm(theirs) == ours == _dialects.from_ldm(ours) and _dialects.dotted(theirs.replace(".", "_")) == theirs
 
 
 def test_an_oft_of_sd_scripts_with_its_constraint(tmp_path):

@@ -46,7 +46,7 @@ def test_older_spellings_are_read(down, up, path):
     assert f"text.{Q_PROJ}.lora_A" in decoded(pair(f"text_encoder.{path}", 4, down, up)).tensors
 
 
-@pytest.mark.parametrize("key", [f"unet.{TO_K}.lora_magnitude_vector", "text_encoder_2.x.lora_A.weight", "y"])
+@pytest.mark.parametrize("key", [f"unet.{TO_K}.lora_magnitude", "text_encoder_2.x.lora_A.weight", "y"])
 def test_a_key_that_cannot_be_placed_is_named(key):
     with pytest.raises(FinetuneError, match=key):
         decoded(pair(f"unet.{TO_K}") | {key: torch.zeros(2, 2)})

@@ -81,6 +81,20 @@ def test_a_fused_lora_of_others_is_taken_apart_exactly(rank, alpha):
     assert torch.allclose(change, up @ down * ((rank if alpha is None else alpha) / rank), atol=1e-6)
 
 
+@pytest.mark.parametrize("roles", [
+    {"diff": torch.randn(3 * WIDTH, WIDTH), "diff_b": torch.randn(3 * WIDTH)},
+    {"lokr_w1": torch.randn(4, 4), "lokr_w2": torch.randn(3 * WIDTH // 4, WIDTH // 4), "alpha": torch.tensor(1.0)},
+    {f"hada_w{i}_{side}": torch.randn((3 * WIDTH, 2) if side == "a" else (2, WIDTH)) for i in "12" for side in "ab"}],
+    ids=lambda roles: next(iter(roles)))
+def test_other_changes_of_a_fused_layer_are_taken_apart_too(roles):
+    found = modules(kohya.decode({f"lora_unet_joint_blocks_0_x_block_attn2_qkv.{role}": t for role, t in roles.items()}, {}, SPEC).tensors)
+    paths = [f"transformer_blocks.0.attn2.to_{letter}" for letter in "qkv"]
+    whole = core({role: roles[role] for role in roles} | ({"alpha": torch.tensor(2.0)} if "hada_w1_a" in roles else {}))
+    torch.testing.assert_close(torch.cat([core(found["denoiser", path]) for path in paths]), whole)
+    if "diff_b" in roles:
+        assert torch.equal(torch.cat([found["denoiser", path]["diff_b"] for path in paths]), roles["diff_b"])
+
+
 def test_what_cannot_be_fused_or_taken_apart_is_refused(layers):
     qkv = {f"transformer_blocks.0.attn.to_{letter}": (WIDTH, WIDTH) for letter in "qkv"}
     uneven = adapter(qkv).tensors | {"denoiser.transformer_blocks.0.attn.to_k.lora_A": torch.ones(3, WIDTH),
@@ -88,8 +102,8 @@ def test_what_cannot_be_fused_or_taken_apart_is_refused(layers):
     with pytest.raises(FinetuneError, match="ranks differ: export as diffusers"):
         kohya.encode(Artifact("lora", "sd3", uneven, {}), SPEC)
     with pytest.raises(FinetuneError, match="no layer of the original"):
-        _joint.fused({"transformer_blocks.0.odd": {}})
+        _joint.fused({"denoiser.transformer_blocks.0.odd.lora_A": torch.ones(1, 4)})
     name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
-    with pytest.raises(FinetuneError, match="nothing but a LoRA"):
+    with pytest.raises(FinetuneError, match="dora_scale cannot be taken apart"):
         kohya.decode({f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(12, 2),
                       f"{name}.dora_scale": torch.ones(1, 4)}, {}, SPEC)

@@ -7,6 +7,7 @@ from finetune import registry
 from finetune.artifact import Artifact, Header, write_safetensors
 from finetune.errors import FinetuneError
 from finetune.formats import base, kohya
+from finetune.formats._dialects import dotted
 
 SPEC = registry.find("families", "sd1").SPEC
 TO_K = "down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_k"
@@ -38,12 +39,12 @@ def decoded(tensors, metadata=None):
     "text_projection",
 ])
 def test_underscores_become_dots_again(path):
-    assert kohya._dotted(path.replace(".", "_")) == path
+    assert dotted(path.replace(".", "_")) == path
 
 
-@pytest.mark.parametrize("flat", ["", "input_blocks_4_1_proj_in", "mid_block__0", "conv_in_", "to_kk"])
+@pytest.mark.parametrize("flat", ["", "input_blocks_4_1_proj_inn", 28 * "norm_out_", "mid_block__0", "conv_in_", "to_kk"])
 def test_an_unknown_name_has_no_dots(flat):
-    assert kohya._dotted(flat) is None
+    assert dotted(flat) is None
 
 
 @pytest.mark.parametrize("prefix", ["lora_te_text_model_", "lora_te1_text_model_", "lora_te_", "lora_te1_"])
@@ -66,8 +67,8 @@ def test_mixed_alphas_are_folded():
 
 
 @pytest.mark.parametrize("key", [
-    f"lora_unet_{TO_K}.diff_b", f"lora_unet_{TO_K}.rescale", f"lora_te2_{Q_PROJ}.alpha",
-    "lora_unet_input_blocks_4_1_proj_in.alpha", "something.else",
+    f"lora_unet_{TO_K}.lora_B.bias", f"lora_unet_{TO_K}.rescale", f"lora_te2_{Q_PROJ}.alpha",
+    "lora_unet_input_blocks_4_1_proj_inn.alpha", "something.else",
 ])
 def test_a_key_that_cannot_be_placed_is_named(key):
     with pytest.raises(FinetuneError, match=re.escape(key)):

@@ -163,6 +163,25 @@ def test_what_tools_are_told(make, kind, module):
         assert tensors["lora_unet_conv_in.alpha"] == 1
 
 
+def test_norms_and_biases(tmp_path):
+    """As LyCORIS writes them: diff_b of a layer, beside whatever changes its weight, and w_norm and b_norm."""
+    parts = {"denoiser": torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(IN, OUT, 3), "conv_norm_out": torch.nn.GroupNorm(2, IN)})}
+    conv, norm = parts["denoiser"].values()
+    file = {f"lora_unet_conv_in.{name}": t for name, t in lora(CONV)[0].items()} | {"lora_unet_conv_in.diff_b": draw(OUT)}
+    file |= {"lora_unet_conv_norm_out.w_norm": draw(IN), "lora_unet_conv_norm_out.b_norm": draw(IN)}
+    artifact = kohya.decode(file, {}, SPEC)
+    again = kohya.encode(artifact, SPEC)[0]
+    assert artifact.kind == "difference" and again.keys() == file.keys() and all(torch.equal(again[name], t) for name, t in file.items())
+    before = [p.detach().clone() for p in (conv.bias, norm.weight, norm.bias)]
+    with families.merged(parts, [(artifact, 0.5)]):
+        for p, old, name in zip((conv.bias, norm.weight, norm.bias), before, ("conv_in.diff_b", "conv_norm_out.w_norm", "conv_norm_out.b_norm")):
+            torch.testing.assert_close(p, old + 0.5 * file[f"lora_unet_{name}"])
+    parts["denoiser"]["conv_in"] = torch.nn.Conv2d(IN, OUT, 3, bias=False)
+    assert families.misfits(parts, artifact) == ["denoiser.conv_in.bias: the base has no such module"]
+    with pytest.raises(FinetuneError, match="whole differences, of weights, biases and norms, would be lost"):
+        base.save(artifact, tmp_path / "x", "diffusers", SPEC)
+
+
 def test_a_file_may_mix_kinds():
     mixed = {f"lora_unet_conv_in.{name}": t for name, t in loha(CONV)[0].items()}
     mixed |= {f"lora_unet_conv_out.{name}": t for name, t in lora(CONV)[0].items()}
@@ -172,14 +191,17 @@ def test_a_file_may_mix_kinds():
 @pytest.mark.parametrize("tensors, said", [
     ({"hada_w1_a": draw(4, 2), "hada_w1_b": draw(2, 4)}, "lacks hada_w2_a, hada_w2_b: the file is incomplete"),
     ({"lokr_w1": draw(2, 2), "lokr_w2_a": draw(2, 2)}, "lacks lokr_w2: the file"),
-    ({"alpha": torch.tensor(1.0)}, "lacks its down half"),
-    ({"dora_scale": draw(1, 4)}, "lacks its down half"),
+    ({"alpha": torch.tensor(1.0)}, "has nothing but (alpha|dora_scale): the file is incomplete"),
+    ({"dora_scale": draw(1, 4)}, "has nothing but (alpha|dora_scale): the file is incomplete"),
     (lora(LINEAR)[0] | {"diff": draw(4, 4)}, "has diff beside lora_A, lora_B"),
     (lora(LINEAR)[0] | {"dora_scale": draw(4)}, r"dora_scale has the shape \(4,\): of rows or"),
     (loha(LINEAR)[0] | {"hada_w2_b": draw(RANK, 5)}, "do not fit each other"),
     ({"lokr_w1": draw(2), "lokr_w2": draw(2, 2)}, "do not fit each other"),
     ({"oft_blocks": draw(3, 4, 4), "alpha": torch.tensor(0.1)}, "a constrained OFT"),
     ({"oft_blocks": draw(3, 4, 5)}, "do not fit each other"),
+    ({"oft_blocks": draw(2, 3, 4, 4)}, "a BOFT, which is not read"),
+    ({"diff_b": draw(4)}, "nothing but diff_b: the file is incomplete"),
+    (lora(LINEAR)[0] | {"lora_up.weight": torch.ones(OUT, RANK, dtype=torch.int8)}, "lora_B has numbers of the type int8"),
     (tucker(CONV)[0] | {"lora_mid.weight": draw(2, 2, 3, 3)}, "do not fit each other"),
 ])
 def test_what_makes_no_change_is_told(tensors, said):

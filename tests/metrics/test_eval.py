@@ -79,7 +79,7 @@ def test_one_without_a_network_as_json(adapters, words, tmp_path, capsys):
     (["--metric", "attributes"], "it has no usual model"),
     (["--metric", "clip_t:pixels"], "pixels: they know no words"),
     (["--metric", "drift:pixels", "--metric", "drift:nowhere"], "--metric drift: named twice"),
-    (["--metric", "dino:no/such/network"], "no/such/network: cannot be loaded"),
+    (["--metric", "dino:no/such/network"], "no/such/network: cannot be used"),
     (["--images", "nowhere"], "--images: "), (["--seeds", "0"], "at least 1")])
 def test_what_cannot_be_done(more, said, adapters, words, tmp_path, capsys):
     assert main(["eval", adapters[2], *words, *more, "--out", str(tmp_path / "out")]) == 2

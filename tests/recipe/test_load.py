@@ -297,7 +297,8 @@ def test_identity_holds_what_decides_the_numbers_and_nothing_else(write):
     for watching in ("every.log=3", "export=[diffusers]", "preview.prompts=[a]", "train.keep_checkpoints=9",
                      "train.threads=3", "base.path=elsewhere", "data.images=moved"):
         assert part(watching) == part(), watching
-    for deciding in ("train.learning_rate=3e-4", "method.rank=4", "train.max_steps=3", "data.resolution=64"):
+    for deciding in ("train.learning_rate=3e-4", "method.rank=4", "train.max_steps=3", "data.resolution=64",
+                     "train.deterministic=true"):
         assert part(deciding) != part(), deciding
     assert difference(part(), part("train.learning_rate=3e-4", "method.rank=4")) == [
         "method.0.rank: 16 -> 4", "train.learning_rate: 0.0001 -> 0.0003"]

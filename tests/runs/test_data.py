@@ -86,7 +86,7 @@ def test_splits_processes_and_workers_train_the_same(everything, train, tmp_path
                "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "finetune", "train", str(everything),
                "--run", str(tmp_path / "two"), "--set", "train.batch_size=2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "MASTER_PORT": "29521"})
+                          env={**os.environ, "MASTER_PORT": "29523"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert relative(adapter(tmp_path / "two"), adapter(tmp_path / "one")) <= 1e-4
 

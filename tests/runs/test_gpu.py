@@ -24,3 +24,11 @@ def test_a_run_is_proven_and_goes_on_where_it_was_cut(recipe, tmp_path, train, p
     assert train(recipe, tmp_path / "run", *words) == 0
     for name, tensor in read_tensors(tmp_path / "run" / "adapter" / "small.safetensors").items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-3, atol=1e-4)       # kernels need not be deterministic
+
+
+def test_a_deterministic_run_ends_with_the_same_bytes_again(recipe, tmp_path, train):
+    words = ["--set", "train.deterministic=true", "--set", "train.mixed_precision=bf16", "--set", "train.threads=null"]
+    for name in ("one", "two"):
+        assert train(recipe, tmp_path / name, *words) == 0
+    one, two = ((tmp_path / name / "adapter" / "small.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two

@@ -3,9 +3,12 @@
 import getpass
 import json
 import re
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from finetune.artifact import read_header
 from finetune.train.export import public
@@ -15,7 +18,9 @@ def test_a_file_is_filed_right_and_keeps_secrets(recipe, train, tmp_path, pictur
     text = recipe.read_text().replace("caption: {dropout: 0.2}", "caption: {dropout: 0.2, trigger: zkw, "
                                       "template: '{text}, as in /home/alice/secret/dog, hf_abcdefghijklmnopqrst'}")
     recipe.write_text(text)
-    assert train(recipe, tmp_path / "run", "--set", "train.max_steps=2", "--set", "every.checkpoint=2") == 0
+    shown = "every.preview=2", "preview.prompts=[a red circle]", "preview.steps=2", "preview.thumbnail=true"
+    words = [word for value in ("train.max_steps=2", "every.checkpoint=2", *shown) for word in ("--set", value)]
+    assert train(recipe, tmp_path / "run", *words) == 0
     said = read_header(tmp_path / "run" / "adapter" / "small.safetensors").metadata
     assert said["ss_base_model_version"] == "sd_v1" and said["modelspec.architecture"] == "stable-diffusion-v1/lora"
     assert said["modelspec.trigger_phrase"] == "zkw" and said["ss_output_name"] == "small"
@@ -24,6 +29,9 @@ def test_a_file_is_filed_right_and_keeps_secrets(recipe, train, tmp_path, pictur
     assert list(json.loads(said["ss_dataset_dirs"])) == [pictures.name]
     assert json.loads(said["ss_bucket_info"])["buckets"]["0"] == {"resolution": [32, 32], "count": 7}
     assert set(json.loads(said["finetune.base"])) >= {"denoiser", "text", "vae"} and len(said["finetune.data"]) >= 32
+    kind, _, data = said.pop("modelspec.thumbnail").partition(",")
+    picture = Image.open(BytesIO(b64decode(data)))
+    assert kind == "data:image/jpeg;base64" and picture.format == "JPEG" and picture.size == (32, 32)
     recipe_said = json.loads(said["finetune.recipe"])
     assert recipe_said["data"]["images"] == [{"path": pictures.name, "repeats": 1}]
     whole = json.dumps(said)

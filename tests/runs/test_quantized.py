@@ -9,7 +9,7 @@ from torch import nn
 
 from finetune.families import base as families
 from finetune.families import sd1
-from finetune.families._quantized import Quantized, quantize
+from finetune.families._quantized import QuantizedConv2d, QuantizedLinear, quantize
 from finetune.families.base import Changes
 
 LORA = "method={kind: lora, rank: 2, dropout: 0.1, text: {targets: [all]}}"
@@ -55,7 +55,7 @@ def test_a_lora_on_few_bits_is_float32_proven_and_goes_on_exactly(kind, bits, cl
     assert "base.quantize" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("variant, own", [("dora", "{rank: 2}"), ("oft", "{block: 8}"), ("lokr", "{}")])
+@pytest.mark.parametrize("variant, own", [("dora", "{rank: 2}"), ("oft", "{block: 8}"), ("lokr", "{targets: [conv]}")])
 def test_other_variants_take_the_whole_weight_and_are_proven_too(variant, own, recipe, train, tmp_path):
     words = f"method={{kind: lora, variant: {variant}, {own[1:-1]}}}"
     assert train(recipe, tmp_path / "run", "--set", words, *TWO, "--set", "base.quantize=nf4") == 0
@@ -70,24 +70,27 @@ def test_what_trains_or_changes_the_weights_themselves_is_refused(recipe, train,
     assert "merge them first" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind, bits, error", [("nf4", 4.5, 0.1), ("int8", 8.5, 0.01)])
-def test_a_layer_gives_the_same_in_training_and_at_rest_and_keeps_no_whole_weight(kind, bits, error):
+@pytest.mark.parametrize("make, kind, bits, error", [
+    (lambda: nn.Linear(320, 640), "nf4", 4.5, 0.1), (lambda: nn.Linear(320, 640), "int8", 8.5, 0.01),
+    (lambda: nn.Conv2d(64, 96, 3, stride=2, padding=1), "nf4", 8.5, 0.01)])
+def test_a_layer_gives_the_same_in_training_and_at_rest_and_keeps_no_whole_weight(make, kind, bits, error):
     torch.manual_seed(0)
-    layer = nn.Linear(320, 640).requires_grad_(False)
-    part = nn.ModuleDict({"blocks": nn.ModuleList([layer]), "out": nn.Linear(8, 8)})
+    layer = make().requires_grad_(False)
+    weight, part = layer.weight, nn.ModuleDict({"blocks": nn.ModuleList([layer]), "out": nn.Linear(8, 8)})
     quantize(part, kind)
     few = part["blocks"][0]
-    assert isinstance(few, Quantized) and not isinstance(part["out"], Quantized)
-    stored = few.packed.nbytes + few.scale.nbytes
-    assert 8 * stored / layer.weight.numel() <= bits
-    assert 0 < (few.weight - layer.weight).norm() / layer.weight.norm() < error
+    assert type(few) in (QuantizedLinear, QuantizedConv2d) and type(part["out"]) is nn.Linear
+    stored = sum(p.nbytes for p in few.packed.parameters())
+    assert 8 * stored / weight.numel() <= bits
+    assert 0 < (few.weight - weight).norm() / weight.norm() < error
     kept = []
-    x = torch.randn(2, 3, 320, requires_grad=True)
+    x = torch.randn((2, 3, 320) if isinstance(few, nn.Linear) else (2, 64, 9, 9), requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         y = few(x)
-    assert max(kept, default=0) < layer.weight.numel()
-    again = torch.randn_like(x).copy_(x.detach()).requires_grad_()
-    wanted = nn.functional.linear(again, few.weight, layer.bias)
+    assert max(kept, default=0) < weight.numel()
+    again, plain = x.detach().clone().requires_grad_(), make()
+    plain.weight, plain.bias = few.weight, layer.bias
+    wanted = plain(again)
     (y.square().sum() + wanted.square().sum()).backward()
     assert torch.equal(y, wanted) and torch.equal(y, few.eval()(x)) and torch.equal(x.grad, again.grad)
     with torch.autocast("cpu", torch.bfloat16):
@@ -99,6 +102,6 @@ def test_a_layer_gives_the_same_in_training_and_at_rest_and_keeps_no_whole_weigh
 def test_the_vae_stays_whole_and_text_states_have_a_key_of_their_own():
     family, plain = sd1.load("tiny", changes=Changes(quantize="int8")), sd1.load("tiny")
     for part, few in (("denoiser", True), ("text", True), ("vae", False)):
-        assert any(isinstance(m, Quantized) for m in family.parts[part].modules()) == few
+        assert any(isinstance(m, (QuantizedLinear, QuantizedConv2d)) for m in family.parts[part].modules()) == few
         assert (families.fingerprint({part: family.parts[part]}) != families.fingerprint({part: plain.parts[part]})) == few
     assert family.parts["denoiser"].dtype == torch.float32

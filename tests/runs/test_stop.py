@@ -52,14 +52,14 @@ def test_a_stop_in_every_phase_a_time_budget_and_a_move(recipe, train, interrupt
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         assert interrupted(encode, "view_pixels", number, recipe, run, *preview) == code
     assert not run.exists()
-    assert interrupted(loop, "generate", signal.SIGTERM, recipe, run, *preview) == 143         # before the first step
+    assert interrupted(loop.preview, "generate", signal.SIGTERM, recipe, run, *preview) == 143         # before the first step
     assert not list((run / "previews").iterdir())
     assert train(recipe, run, *preview, *settings(train__max_time="0s", every__preview=0)) == 143
     assert [p.name[-1] for p in (run / "checkpoints").iterdir()] == ["1"]
     run.rename(tmp_path / "there")
     moved.parent.mkdir()
     (tmp_path / "there").rename(moved)
-    real = loop.preview
+    real = loop.show
 
     def third(of, done, stop):
         if done == 3:
@@ -67,7 +67,7 @@ def test_a_stop_in_every_phase_a_time_budget_and_a_move(recipe, train, interrupt
         real(of, done, stop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "preview", third)
+        patch.setattr(loop, "show", third)
         assert train(recipe, moved, *preview) == 130
     assert [p.name[-1] for p in (moved / "checkpoints").iterdir()] == ["3"]
     assert interrupted(export, "prove", signal.SIGTERM, recipe, moved, *preview) == 143

@@ -54,16 +54,6 @@ def test_any_split_of_a_step_trains_the_same(recipe, train, tmp_path, split):
     assert relative(adapter(tmp_path / "other"), adapter(tmp_path / "2x2")) <= 1e-5
 
 
-def test_previews_change_no_bit(recipe, train, tmp_path):
-    assert train(recipe, tmp_path / "without") == 0
-    preview = settings(every__preview=3, preview__prompts="[a red circle]", preview__steps=2)
-    assert train(recipe, tmp_path / "with", *preview) == 0
-    assert sorted(p.name for p in (tmp_path / "with" / "previews").iterdir()) == \
-        ["step-00000000.png", "step-00000003.png", "step-00000006.png"]
-    same = [(tmp_path / run / "adapter" / "small.safetensors").read_bytes() for run in ("without", "with")]
-    assert same[0] == same[1]
-
-
 def test_random_crops_are_encoded_in_the_loop(recipe, train, tmp_path):
     assert train(recipe, tmp_path / "run", *settings(data__crop="random", train__max_steps=3)) == 0
 
