@@ -24,7 +24,7 @@ DTYPE_NAMES = {
 }
 
 
-WHOLE = ("full", "vae")     # the kinds that hold weights, not changes
+WHOLE = ("full", "vae", "control")      # the kinds that hold weights, not changes
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Artifact:
         difference      diff, in the shape of the weight: of a layer, or of a norm
         embedding       embedding (n, width), with no path between part and role: the vectors of a learned token
         full, vae       weight, bias: not a change but what the base's become; part of vae is "vae"
+        control         weight, bias: those of a branch beside the base, whose part is "control"
 
     A file of others may mix them, from module to module, and may have beside any of them a dora_scale, and a diff_b: the
     difference of its bias.
@@ -159,6 +160,11 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def weights_of(path: str | Path) -> Path:
+    """The file itself; of a folder, as diffusers has it for one part, its weights."""
+    return Path(path) / "diffusion_pytorch_model.safetensors" if Path(path).is_dir() else Path(path)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

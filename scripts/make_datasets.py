@@ -17,7 +17,7 @@ from pathlib import Path
 
 import drawings
 import world
-from PIL import Image
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES, COLOURS, BACKGROUNDS = world.SHAPES, list(world.COLOURS), list(world.BACKGROUNDS)
@@ -206,12 +206,70 @@ def texture_held_out(rng: random.Random) -> Iterator[Row]:
     yield from texture(rng, 24)
 
 
+def laid_out(rng: random.Random, i: int) -> world.Scene:
+    """A thing anywhere in the picture, of any size."""
+    scene = world.random_scene(rng, two=0, shape=SHAPES[i % 8], colour=COLOURS[(i + i // 8) % 8],
+                               background=BACKGROUNDS[(3 * i + i // 8) % 8])
+    radius = rng.uniform(9, 18)
+    x, y = (rng.uniform(2 + 1.15 * radius, 62 - 1.15 * radius) for _ in "xy")
+    return replace(scene, things=(replace(scene.things[0], x=x, y=y, radius=radius, angle=0.0),))
+
+
+def box(scene: world.Scene) -> tuple[int, ...]:
+    """Left, top, right and bottom of its first thing, in pixels."""
+    xs, ys = zip(*world.polygon(scene.things[0]))
+    return tuple(round(side / world.OVERSAMPLE) for side in (min(xs), min(ys), max(xs), max(ys)))
+
+
+def boxed(scene: world.Scene) -> Image.Image:
+    """The box of the thing in its colour, on black."""
+    image = Image.new("RGB", (world.SIZE, world.SIZE))
+    ImageDraw.Draw(image).rectangle(box(scene), world.COLOURS[scene.things[0].colour])
+    return image
+
+
+def layout_caption(scene: world.Scene) -> str:
+    return f"a {scene.things[0].shape} on a {scene.background} background"
+
+
+def layout(rng: random.Random) -> Iterator[Row]:
+    """Laid out scenes
+
+    One shape in each picture, anywhere and of any size. Captions say shape and background; colour, place and size are told by
+    the picture of the same name in `datasets/layout_boxes` alone.
+
+    **How to use.** Teach a control branch to follow coloured boxes:
+
+    ```yaml
+    base: {family: sd1, path: tiny}
+    data: {images: datasets/layout, condition: datasets/layout_boxes, resolution: 64}
+    method: {kind: control}
+    ```
+    """
+    for i in range(128):
+        scene = laid_out(rng, i)
+        yield world.draw(scene), {"text": layout_caption(scene)}
+
+
+def layout_boxes(rng: random.Random) -> Iterator[Row]:
+    """Boxes of the laid out scenes
+
+    Where the thing of each picture of `datasets/layout` is: its box in its colour, on black.
+
+    **How to use.** As `data.condition` of a run on `datasets/layout`.
+    """
+    rng.seed("layout 0")
+    for i in range(128):
+        scene = laid_out(rng, i)
+        yield boxed(scene), {"text": layout_caption(scene)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "datasets")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for rows in (style, style_held_out, subject, subject_class, thing, attributes, texture, texture_held_out):
+    for rows in (style, style_held_out, subject, subject_class, thing, attributes, texture, texture_held_out, layout, layout_boxes):
         name = rows.__name__
         folder = args.out / name
         shutil.rmtree(folder, ignore_errors=True)

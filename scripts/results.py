@@ -21,6 +21,8 @@ from pathlib import Path
 
 import creatures
 import drawings
+import make_datasets
+import numpy as np
 import readers
 import sampling
 import torch
@@ -32,6 +34,9 @@ from finetune.device import set_threads
 from finetune.families import base as families
 from finetune.formats import base as formats
 from finetune.objectives import _similarity as similarity
+from finetune.train import adapters
+from finetune.train.jobs import Job
+from finetune.train.sampling import generate
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, FOUND, SHEETS = ROOT / "runs" / "results", ROOT / "docs" / "results.json", ROOT / "docs" / "results"
@@ -169,6 +174,50 @@ def combined(run: Path) -> Shares:
                                           for words, scene in zip(found, scenes)) / COUNT}
 
 
+# Layout: does the scene follow a box, of which its caption does not tell?
+
+def followed(run: Path) -> Shares:
+    """The colour of the box and the shape of the caption by a reader, and the thing where the box is: their overlap is half of
+    both together or more."""
+    scenes = [make_datasets.laid_out(random.Random(f"held-out layout {i}"), i) for i in range(COUNT)]
+    (run / "boxes").mkdir(exist_ok=True)
+    for i, scene in enumerate(scenes):
+        make_datasets.boxed(scene).save(run / "boxes" / f"{i:02}.png")
+    strip(run, "boxes", [make_datasets.boxed(scene) for scene in scenes[:SHOWN]])
+    family, shares = load("tiny"), {}
+    branch = adapters.load([(next(run.glob("adapter/*/config.json")).parent, 1.0)], family)
+    for part, on in (("base", []), ("control", branch)):
+        jobs = [Job(prompt=make_datasets.layout_caption(scene), seed=1000 + i, steps=STEPS, guidance=GUIDANCE,
+                    condition=run / "boxes" / f"{i:02}.png" if on else None) for i, scene in enumerate(scenes)]
+        with adapters.on(family, on):
+            drawn = list(generate(family.pipeline(), jobs, 32))
+        sampling.sheet(run / f"{part}.png", drawn[:32], [job.prompt[2:24] for job in jobs[:32]])
+        strip(run, part, drawn[:SHOWN])
+        words = readers.read(readers.trained_reader(styles=False)[0], drawn)
+        truths = [readers.truth(scene) for scene in scenes]
+        right = {head: [word[head] == truth[head] for word, truth in zip(words, truths)] for head in ("colour", "shape")}
+        right["place"] = [overlap(found(picture), make_datasets.box(scene)) >= 0.5 for picture, scene in zip(drawn, scenes)]
+        right["all three"] = [all(row) for row in zip(*right.values())]
+        shares |= {f"{what} right{', base' if not on else ''}": sum(row) / COUNT for what, row in right.items()}
+    return shares
+
+
+def found(picture: Image.Image) -> tuple[int, ...] | None:
+    """The box of all that is unlike the picture's border."""
+    rgb = np.array(picture).astype(int)
+    border = np.median(np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]]), axis=0)
+    return Image.fromarray(np.abs(rgb - border).max(2) > 40).getbbox()
+
+
+def overlap(one: tuple[int, ...] | None, other: tuple[int, ...]) -> float:
+    """Intersection over union of two boxes."""
+    if one is None:
+        return 0.0
+    shared = [min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1)]
+    inside = max(0, shared[0]) * max(0, shared[1])
+    return inside / (sum((b[2] - b[0]) * (b[3] - b[1]) for b in (one, other)) - inside)
+
+
 # VAE: how near are pictures that it draws again to what they were?
 
 @torch.no_grad()
@@ -243,6 +292,9 @@ ROWS = {
                                most_bytes=10_000,
                                remark="A learned word finds what the base is able to draw; it has never seen a creature."),
     "embedding per value": Row("attributes", "tiny_attributes", combined, {"shape and colour right": 0.80}, most_bytes=10_000),
+    "control": Row("layout", "tiny_control", followed, {"all three right": 0.80},
+                   remark="The caption says shape and background; the colour, the place and the size are those of a box that only "
+                   "the branch sees."),
     "vae_decoder": Row("texture", "tiny_vae_decoder", redrawn, {"textures dB": 1.5, "textures SSIM": 0.0, "plain dB": -0.2},
                        remark=TEXTURED),
     "vae_decoder, encoder too": Row("texture", "tiny_vae_decoder", redrawn, {}, ("method.encoder=true",)),

@@ -85,7 +85,7 @@ def summed(adapters: list[tuple[Path, Artifact, float]], size: Cut | None) -> di
 
     by_stem: dict[str, list] = {}
     for path, artifact, strength in adapters:
-        if artifact.kind in ("embedding", "full", "vae"):
+        if artifact.kind in ("embedding", "full", "vae", "control"):
             raise FinetuneError(f"{path}: is no change of layers but of the kind {artifact.kind}: it stays a file of its own")
         check_finite(path, artifact)
         for (part, name), module in modules(artifact.tensors).items():

@@ -10,7 +10,7 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from finetune.artifact import read_header
+from finetune.artifact import read_header, weights_of
 from finetune.commands import _bars
 from finetune.errors import FinetuneError
 from finetune.formats.base import identify
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(path: Path) -> dict:
     """Everything the header of a file says; torch is not imported."""
+    path = weights_of(path)
     header = read_header(path)
     try:
         facts = identify(header)

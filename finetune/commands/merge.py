@@ -51,7 +51,7 @@ def into_base(args, adapters: list[tuple[Path, float]]) -> int:
     loaded = [(formats.load(path, family.spec), strength) for path, strength in adapters]
     for (path, _), (artifact, _) in zip(adapters, loaded):
         check_finite(path, artifact)
-    if any(families.misfits(family.parts, artifact) for artifact, _ in loaded):
+    if any(artifact.kind == "control" or families.misfits(family.parts, artifact) for artifact, _ in loaded):
         families.merge(family.parts, loaded)        # says all that does not fit
     overflow, pieces = [], by_module(loaded)
     # Module by module, because all at once would need the model three times, as it was and the sums; and part by part, because

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from finetune.commands import _base
 
-OF_A_JOB = ("negative", "seed", "count", "steps", "guidance", "size", "image", "mask", "strength",
-            "upscale")      # a file may say otherwise
+OF_A_JOB = ("negative", "seed", "count", "steps", "guidance", "size", "image", "condition", "mask",
+            "strength", "upscale")      # a file may say otherwise
 
 
 def add_arguments(parser) -> None:
@@ -27,6 +27,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--guidance", type=float, help="5 if not given; 1 is without")
     parser.add_argument("--size", metavar="WxH", help="in pixels; if not given the base's own, or the shape of the --image in it")
     parser.add_argument("--image", type=Path, metavar="FILE|DIR", help="change this picture, or each of a folder, as the prompt says")
+    parser.add_argument("--condition", type=Path, metavar="FILE|DIR",
+                        help="what a control branch, given as --adapter, follows: a picture, or each of a folder")
     parser.add_argument("--mask", type=Path, metavar="FILE|DIR",
                         help="paint the --image anew where this is white; of a folder each by its name")
     parser.add_argument("--strength", type=float, metavar="S",

@@ -20,17 +20,18 @@ def run(args) -> int:
     import torch
 
     from finetune import registry
+    from finetune.artifact import weights_of
     from finetune.errors import FinetuneError
     from finetune.formats import base as formats
     from finetune.train import verify
 
-    if not args.file.is_file():
+    if not (file := weights_of(args.file)).is_file():
         raise FinetuneError(f"{args.file}: there is no such file")
-    module = registry.find("families", formats.family_of(args.file, args.family))
+    module = registry.find("families", formats.family_of(file, args.family))
     changes = _base.changes(args)
     if args.base:
         checks = verify.verify(args.file, module.load(args.base, torch.float32, args.revision, args.variant, changes))
     else:
-        checks = verify.alone(args.file, module.SPEC)[1] + verify.tools(args.file, module.SPEC)
+        checks = verify.alone(file, module.SPEC)[1] + verify.tools(file, module.SPEC)
     print(verify.as_json({args.file.name: checks}) if args.json else f"{args.file}\n{verify.table(checks)}")
     return 0 if all(check.passed for check in checks) else 2

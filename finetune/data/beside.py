@@ -1,4 +1,5 @@
-"""What some networks are shown beside noisy latents: the picture without what is to be painted, or a small version of it.
+"""What some networks are shown beside noisy latents: the picture without what is to be painted, a small version of it, or
+another picture, the condition that a control branch follows.
 
 Shapes: H W pixels · h w = H W / VAE stride.
 """
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from finetune.data.pixels import Crop, cut
+from finetune.data.pixels import Crop, cut, fit
 from finetune.diffusion import noise
 
 LEAST, MOST = 0.05, 0.8     # share of the picture that a random hole covers
@@ -69,6 +70,11 @@ def fit_hole(mask: Image.Image, crop: Crop, flip: bool) -> Tensor:
 def without(pixels_3HW: Tensor, hole_1HW: Tensor) -> Tensor:
     """(4, H, W): the hole, and the picture with grey, 0, in it."""
     return torch.cat([hole_1HW, pixels_3HW * (1 - hole_1HW)])
+
+
+def condition(picture: Image.Image, crop: Crop, flip: bool) -> Tensor:
+    """(3, H, W) in [0, 1], which is how diffusers shows it to a ControlNet."""
+    return fit(picture, crop, flip) / 2 + 0.5
 
 
 def small(pixels_3HW: Tensor, stride: int) -> Tensor:

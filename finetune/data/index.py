@@ -26,12 +26,12 @@ from finetune.errors import FinetuneError, refuse
 
 NO_MASK = pa.scalar(bytes(32), pa.binary(32))
 PLACED = ("name", "part", "offset", "size")          # what a place wants to know to read
-# What masks can be instead of a folder, and what that does.
-OTHERWISE = {"data.mask.source": {"alpha": "takes the pictures' own transparency"},
-             "data.inpaint.masks": {"random": "draws them"}}
+# What the files beside pictures are called, what can be written instead of their folder, and what that does.
+PAIRED = {"data.mask.source": ("mask", "alpha", "takes the pictures' own transparency"),
+          "data.inpaint.masks": ("mask", "random", "draws them"), "data.condition": ("condition", None, None)}
 TABLE = pa.schema([("source", pa.int16()), ("repeats", pa.int32()), *(field for field in LISTING if field.name != "stamp"),
                    *(field for field in FACTS if field.name not in ("suffix", "reason")),
-                   *((name + end, kind) for name in ("mask", "hole")        # the path of a file, and what it holds
+                   *((name + end, kind) for name in ("mask", "shown")       # the path of a file, and what it holds
                      for end, kind in (("", pa.large_binary()), ("_digest", pa.binary(32))))])
 
 
@@ -42,7 +42,7 @@ class Index:
         self.places, self.table, self.notes = places, table.combine_chunks(), notes
         for name in ("source", "repeats", "width", "height", "phash"):
             setattr(self, name, self.table[name].to_numpy())
-        self.digest, self.mask_digest, self.hole_digest = map(self._digests, ("digest", "mask_digest", "hole_digest"))
+        self.digest, self.mask_digest, self.shown_digest = map(self._digests, ("digest", "mask_digest", "shown_digest"))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -59,7 +59,8 @@ class Index:
         """The picture's bytes as they are now. Raises FinetuneError when they cannot be read any more."""
         return self._read(i, lambda: self._place(i).read(*(self._value(column, i) for column in PLACED)))
 
-    def read_mask(self, i: int, kind: Literal["mask", "hole"] = "mask") -> bytes | None:
+    def read_beside(self, i: int, kind: Literal["mask", "shown"]) -> bytes | None:
+        """The file that counts the picture's pixels, or the one that the network is shown; None where there is none."""
         path = self._value(kind, i)
         return None if path is None else self._read(i, Path(os.fsdecode(path)).read_bytes)
 
@@ -75,8 +76,8 @@ class Index:
             whole.update(np.ascontiguousarray(part))
         if len(texts):
             whole.update(memoryview(texts.buffers()[2])[ends[0]:ends[-1]])
-        if self.hole_digest.any():
-            whole.update(np.ascontiguousarray(self.hole_digest))
+        if self.shown_digest.any():
+            whole.update(np.ascontiguousarray(self.shown_digest))
         return whole.hexdigest()
 
     def _value(self, column: str, i: int):
@@ -108,11 +109,12 @@ def concatenated(indexes: list[Index]) -> Index:
 
 
 def build(sources: list[Source], reading: Reading, masks: str | None, say: Callable[[str], None], quiet: bool,
-          field: str = "data.images", holes: str | None = None) -> Index:
+          field: str = "data.images", holes: str | None = None, conditions: str | None = None) -> Index:
     """The index of some sources: in their order, and each in the order of its names' bytes, or of its rows.
 
-    `masks`, and likewise `holes`, is a folder with a mask for each picture, under the same name beside the suffix. What is
-    wrong with single files stands in the notes; raises FinetuneError for a source that is not there or holds no pictures."""
+    `masks`, and likewise `holes` or `conditions`, is a folder with one for each picture, under the same name beside the
+    suffix. What is wrong with single files stands in the notes; raises FinetuneError for a source that is not there or holds
+    no pictures."""
     places, problems, tables, notes = [], [], [], []
     where = [field] if len(sources) == 1 else [f"{field}.{number}" for number in range(len(sources))]
     memory = Memory(home() / "index", say)
@@ -130,13 +132,14 @@ def build(sources: list[Source], reading: Reading, masks: str | None, say: Calla
                          *(f"    {note.name}: {note.text}" for note in found[:5])]
         count = len(table)
         whole = {"source": np.full(count, number, np.int16), "repeats": np.full(count, source.repeats, np.int32),
-                 **{name: pa.nulls(count, pa.large_binary()) for name in ("mask", "hole")},
-                 **{name: pa.repeat(NO_MASK, count) for name in ("mask_digest", "hole_digest")}}
+                 **{name: pa.nulls(count, pa.large_binary()) for name in ("mask", "shown")},
+                 **{name: pa.repeat(NO_MASK, count) for name in ("mask_digest", "shown_digest")}}
         tables.append(pa.table([whole[name] if name in whole else table[name] for name in TABLE.names], schema=TABLE))
     refuse(problems)
-    for column, word, folder in (("mask", "data.mask.source", masks), ("hole", "data.inpaint.masks", holes)):
-        if folder not in (None, *OTHERWISE[word]):
-            tables, found = masked(column, word, tables, places, os.path.expanduser(folder), reading, memory, quiet)
+    for column, word, folder in (("mask", "data.mask.source", masks), ("shown", "data.inpaint.masks", holes),
+                                 ("shown", "data.condition", conditions)):
+        if folder not in (None, PAIRED[word][1]):
+            tables, found = paired(column, word, tables, places, os.path.expanduser(folder), reading, memory, quiet)
             notes += found
     return Index(places, pa.concat_tables(tables), notes)
 
@@ -160,33 +163,33 @@ def looked_at(place, reading: Reading, memory: Memory, quiet: bool) -> tuple[pa.
     return table.filter(readable) if len(wrong) else table, notes
 
 
-def masked(column: str, word: str, tables: list[pa.Table], places: list, folder: str, reading: Reading, memory: Memory,
+def paired(column: str, word: str, tables: list[pa.Table], places: list, folder: str, reading: Reading, memory: Memory,
            quiet: bool) -> tuple[list[pa.Table], list[Note]]:
-    """The pictures with the masks of their names in that column, and what is wrong with these."""
-    (other, what), = OTHERWISE[word].items()
+    """The pictures with the files of their names in that column, and what is wrong with these."""
+    noun, other, what = PAIRED[word]
     if not os.path.isdir(folder):
-        raise FinetuneError(f"{word}: there is no folder {folder}; it is `{other}` or a folder of masks")
+        raise FinetuneError(f"{word}: there is no folder {folder}; it is {f'`{other}` or ' if other else ''}a folder of {noun}s")
     for place in places:
         if not isinstance(place, Folder):
-            raise FinetuneError(f"{word}: {place.prefix} is no folder, and a folder of masks goes with folders of "
-                                f"pictures; `{other}` {what}")
+            raise FinetuneError(f"{word}: {place.prefix} is no folder, and a folder of {noun}s goes with folders of "
+                                f"pictures{f'; `{other}` {what}' if other else ''}")
     place = Folder(folder)
-    masks, found = looked_at(place, reading, memory, quiet)
+    files, found = looked_at(place, reading, memory, quiet)
     notes = [replace(note, kind="mask") for note in found if note.kind == "unreadable"]
-    used, done, stems = np.zeros(len(masks), bool), [], _stems(masks)
+    used, done, stems = np.zeros(len(files), bool), [], _stems(files)
 
     def note(owner: Folder, table: pa.Table, n: int, text: str, fatal: bool = True) -> None:
         notes.append(Note("mask", printable(owner.prefix + os.fsdecode(table["name"][n].as_py())), text, fatal))
 
     for owner, table in zip(places, tables):
         at = find(_stems(table), stems)
-        found = {name: chosen(masks[name], at) for name in ("name", "width", "height", "digest")}
+        found = {name: chosen(files[name], at) for name in ("name", "width", "height", "digest")}
         for n in np.flatnonzero(at < 0).tolist():
-            note(owner, table, n, f"has no mask of its name in {folder}")
+            note(owner, table, n, f"has no {noun} of its name in {folder}")
         fits = pc.and_(pc.equal(found["width"], table["width"]), pc.equal(found["height"], table["height"]))
         for n in np.flatnonzero(pc.fill_null(pc.invert(fits), False)).tolist():
             size, own = (" × ".join(str(t[side][n]) for side in ("width", "height")) for t in (found, table))
-            note(owner, table, n, f"has {own} pixels and its mask {size}; make them equal")
+            note(owner, table, n, f"has {own} pixels and its {noun} {size}; make them equal")
         used[at[at >= 0]] = True
         prefix, nothing = (pa.scalar(part, pa.large_binary()) for part in (os.fsencode(place.prefix), b""))
         digests = pc.coalesce(found["digest"], NO_MASK)
@@ -195,7 +198,7 @@ def masked(column: str, word: str, tables: list[pa.Table], places: list, folder:
             table = table.set_column(TABLE.names.index(name), name, values)
         done.append(table)
     for n in np.flatnonzero(~used).tolist():
-        note(place, masks, n, "there is no picture of this name", False)
+        note(place, files, n, "there is no picture of this name", False)
     return done, notes
 
 

@@ -38,7 +38,8 @@ class View:
     mask: str | None        # "alpha", "files" or None
     unmasked: float         # weight of what the mask leaves out
     stride: int             # pixels per latent
-    shows: Literal["random", "files", "small"] | None = None    # beside the latents: without a hole drawn or read, or small
+    # What is shown beside the latents: the picture without a hole, drawn or read; a small one; a condition that is read.
+    shows: Literal["random", "files", "small", "condition"] | None = None
     whole: float = 0.0      # share of the draws whose hole is all of the picture
 
 
@@ -99,9 +100,7 @@ class Stream:
                      for example, crop, flip in zip(chosen.values(), crops, flips)]
             pixels = torch.stack([entry["pixels"] for entry in found])
         if self.view.shows:     # cached latents or not: what a hole leaves differs from draw to draw
-            plain = replace(self.view, mask=None)
-            seen = pixels if pixels is not None else [view_pixels(self.index, example, plain, crop, flip)[0]
-                                                      for example, crop, flip in zip(chosen.values(), crops, flips)]
+            seen = [None] * len(crops) if pixels is None else pixels
             shown = torch.stack([self.shown(*one) for one in zip(chosen.items(), seen, crops, flips)])
         if self.encoded and self.encoded.text:
             conditioning = joined([self.encoded.text(caption) for caption in captions])
@@ -109,9 +108,14 @@ class Stream:
                      torch.tensor([crop.geometry(flip) for crop, flip in zip(crops, flips)]), pixels, latents,
                      torch.stack([entry["mask"] for entry in found]) if self.view.mask else None, conditioning, shown)
 
-    def shown(self, where: tuple[int, int], pixels: Tensor, crop: Crop, flip: bool) -> Tensor:
-        """What the network is shown of the example at a position, see data/beside.py."""
-        position, example = where
+    def shown(self, where: tuple[int, int], pixels: Tensor | None, crop: Crop, flip: bool) -> Tensor:
+        """What the network is shown of the example at a position, see data/beside.py; its pixels may have been read already."""
+        (position, example), name = where, self.index.name(where[1])
+        if self.view.shows == "condition":
+            picture = pictures.read(self.index.read_beside(example, "shown"), f"the condition of {name}", self.view.reading)
+            return beside.condition(picture, crop, flip)
+        if pixels is None:
+            pixels = view_pixels(self.index, example, replace(self.view, mask=None), crop, flip)[0]
         if self.view.shows == "small":
             return beside.small(pixels, self.view.stride)
         if noise.uniform(self.order.seed, position, "whole hole") < self.view.whole:
@@ -119,8 +123,8 @@ class Stream:
         elif self.view.shows == "random":
             hole = beside.random_hole(crop.height, crop.width, self.order.seed, position)
         else:
-            name, data = f"the mask of {self.index.name(example)}", self.index.read_mask(example, "hole")
-            hole = beside.fit_hole(pictures.mask(data, name, self.view.reading), crop, flip)
+            mask = pictures.mask(self.index.read_beside(example, "shown"), f"the mask of {name}", self.view.reading)
+            hole = beside.fit_hole(mask, crop, flip)
         return beside.without(pixels, hole)
 
 
@@ -130,7 +134,7 @@ def view_pixels(index: Index, example: int, view: View, crop: Crop, flip: bool) 
     seen = [fit(pictures.read(data, name, view.reading), crop, flip)]
     if view.mask:
         mask = pictures.alpha(data, name, view.reading) if view.mask == "alpha" else \
-            pictures.mask(index.read_mask(example), f"the mask of {name}", view.reading)
+            pictures.mask(index.read_beside(example, "mask"), f"the mask of {name}", view.reading)
         seen.append(torch.ones(1, crop.height // view.stride, crop.width // view.stride) if mask is None
                     else fit_mask(mask, crop, flip, view.stride, view.unmasked))
     return seen

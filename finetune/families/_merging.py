@@ -9,6 +9,7 @@ from finetune import tokens
 from finetune.artifact import WHOLE, Artifact, modules
 from finetune.change import change, misfit
 from finetune.errors import FinetuneError
+from finetune.families import _control
 from finetune.families._quantized import whole
 
 
@@ -45,6 +46,8 @@ def misfits(parts: dict[str, nn.Module], artifact: Artifact) -> list[str]:
     """The modules of an adapter that these parts do not have, or have in another shape."""
     if artifact.kind == "embedding":
         return tokens.misfits(parts, {name.partition(".")[0]: t for name, t in artifact.tensors.items()})
+    if artifact.kind == "control":
+        return _control.misfits(parts["denoiser"], artifact.tensors)
     found = []
     for stem, p, how in touched(parts, artifact):
         if p is None:
@@ -60,8 +63,8 @@ def merge(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]) -
 
     What depends on the weight, as in a DoRA, is made from the weight as it was before, so that the order of the adapters
     does not matter. Returns what the weights were. Raises FinetuneError, with nothing changed, when one does not fit."""
-    if any(artifact.kind == "embedding" for artifact, _ in adapters):
-        raise FinetuneError("a learned token cannot be merged into weights: it stays a file of its own beside the model")
+    if any(artifact.kind in ("embedding", "control") for artifact, _ in adapters):
+        raise FinetuneError("a learned token or a control branch cannot be merged into weights: it stays beside the model")
     wrong = [misfit for artifact, _ in adapters for misfit in misfits(parts, artifact)]
     if wrong:
         count = len({key for artifact, _ in adapters for key in modules(artifact.tensors)})

@@ -13,7 +13,7 @@ from finetune import registry
 from finetune.batch import Conditioning, joined
 from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
-from finetune.families import _beside, _clip, _latents
+from finetune.families import _beside, _clip, _control, _latents
 from finetune.families._altered import altered
 from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
 from finetune.families._clip import Clip
@@ -130,7 +130,7 @@ class UNetFamily:
 
     def beside(self, shown: Tensor, seed: int, positions: list[int]) -> dict[str, Tensor]:
         """What the data room shows, as fields of the Conditioning."""
-        make = {"hole": _beside.painting, "small": _beside.enlarging}[self.shows]
+        make = {"hole": _beside.painting, "small": _beside.enlarging, None: _beside.following}[self.shows]
         return make(self, shown, seed, positions)
 
     def denoise(self, x_BChw: Tensor, t_B: Tensor, conditioning: Conditioning, geometry_B6: Tensor) -> Tensor:
@@ -143,11 +143,15 @@ class UNetFamily:
             added = {"added_cond_kwargs": {"text_embeds": conditioning.pooled.to(dtype), "time_ids": geometry_B6}}
         if conditioning.level is not None:
             added = {"class_labels": conditioning.level}
-        return unet(x_BChw.to(dtype), t_B, encoder_hidden_states=conditioning.tokens.to(dtype),
+        x_BChw = x_BChw.to(dtype)
+        if conditioning.control is not None:
+            added |= _control.residuals(self.parts["control"], x_BChw, t_B, conditioning.tokens, conditioning.control, added)
+        return unet(x_BChw, t_B, encoder_hidden_states=conditioning.tokens.to(dtype),
                     encoder_attention_mask=conditioning.mask, **added).sample.float()
 
     def pipeline(self, draws: bool = True):
-        """The diffusers pipeline over these very parts; one that draws no pictures has no VAE."""
+        """The diffusers pipeline over these very parts; one that draws no pictures has no VAE. With a control branch it is
+        the one that follows a picture."""
         import diffusers
 
         components = {component: self.parts[part] if draws or part != "vae" else None
@@ -158,8 +162,10 @@ class UNetFamily:
         if self.shows == "small":
             return diffusers.StableDiffusionUpscalePipeline(**components, low_res_scheduler=self.small_scheduler,
                                                             max_noise_level=self.most_noise)
-        xl = "text_2" in self.text
-        cls = getattr(diffusers, f"StableDiffusion{'XL' * xl}{'Inpaint' * (self.shows == 'hole')}Pipeline")
+        xl, controlled = "text_2" in self.text, "control" in self.parts
+        components |= {"controlnet": self.parts["control"]} if controlled else {}
+        cls = getattr(diffusers, f"StableDiffusion{'XL' * xl}{'ControlNet' * controlled}"
+                                 f"{'Inpaint' * (self.shows == 'hole')}Pipeline")
         return cls(**components, **{"force_zeros_for_empty_prompt": self.zeros, "add_watermarker": False} if xl else
                    {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False})
 

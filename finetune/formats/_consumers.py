@@ -58,6 +58,7 @@ KINDS = {
 WHOLE = (
     (r"emb_params", "++++++?++"),
     (r"clip_l|clip_g", "-+++++?++"),
+    (r"(controlnet_(cond_embedding|(down|mid)_block)|conv_in|time_embedding|add_embedding|down_blocks|mid_block)[.s].*", "+????????"),
     (r"(encoder|decoder|quant_conv|post_quant_conv)\.(?!.*(up|down)_blocks|.*mid_block).*", "++++++?+?"),
     (r"(encoder|decoder|quant_conv|post_quant_conv)\..*", "++!+?+?+?"),
 )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from finetune import registry
 from finetune.artifact import (
-    WHOLE, Artifact, Header, data_of, fold_alpha, modules, read_header, read_tensors, write_safetensors,
+    WHOLE, Artifact, Header, data_of, fold_alpha, modules, read_header, read_tensors, weights_of, write_safetensors,
 )
 from finetune.errors import FinetuneError
 from finetune.families._vae import to_ldm
@@ -32,11 +32,13 @@ if TYPE_CHECKING:  # both cost an import of torch
 
     from finetune.families.base import FamilySpec
 
+CONTROL = "controlnet_cond_embedding.conv_in.weight"        # every control branch has it in diffusers' names
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # peft's config, for diffusers: fatal in a file that has alphas
 
 
 def load(path: str | Path, spec: FamilySpec) -> Artifact:
     """Read an adapter in whatever format it is. FinetuneError if none reads it or it is of another family."""
+    path = weights_of(path)
     header = read_header(path)
     try:
         facts = identify(header)
@@ -124,19 +126,19 @@ def _alpha(config: dict, path: str, rank: int) -> float:
     return value * math.sqrt(rank) if config.get("use_rslora") else value
 
 
-def whole_vae(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
-    """The artifact of a VAE's weights in the names of diffusers."""
-    return Artifact("vae", spec.name, {f"vae.{name}": t for name, t in tensors.items()}, dict(metadata))
+def whole_part(part: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
+    """The artifact of the weights of a VAE or a control branch in the names of diffusers."""
+    return Artifact(part, spec.name, {f"{part}.{name}": t for name, t in tensors.items()}, dict(metadata))
 
 
-def bare_vae(artifact: Artifact) -> dict[str, Tensor]:
+def bare(artifact: Artifact) -> dict[str, Tensor]:
     """Its weights in the names of diffusers."""
-    return {name.removeprefix("vae."): t for name, t in artifact.tensors.items()}
+    return {name.removeprefix(f"{artifact.kind}."): t for name, t in artifact.tensors.items()}
 
 
 def ldm_vae(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) in the names of LDM, bare: the one file of a VAE that every tool reads."""
-    return to_ldm(bare_vae(artifact)), common_metadata(artifact, spec)
+    return to_ldm(bare(artifact)), common_metadata(artifact, spec)
 
 
 def common_metadata(artifact: Artifact, spec: FamilySpec) -> dict[str, str]:
@@ -144,7 +146,7 @@ def common_metadata(artifact: Artifact, spec: FamilySpec) -> dict[str, str]:
     own = {key: value for key, value in artifact.metadata.items() if key not in (DIFFUSERS_METADATA, "sshs_legacy_hash")}
     size = None if artifact.kind in (*WHOLE, "embedding") else rank_and_alpha(artifact.tensors)
     ranked = {"ss_network_dim": str(size[0]), "ss_network_alpha": str(number(size[1]))} if size else {}
-    what = {"vae": "vae", "embedding": "textual-inversion"}.get(artifact.kind, "lora")
+    what = {"vae": "vae", "embedding": "textual-inversion", "control": "controlnet"}.get(artifact.kind, "lora")
     return own | ranked | {
         "finetune.kind": artifact.kind,
         "finetune.family": artifact.family,
@@ -204,6 +206,7 @@ _KINDS = (
     (r"\.diff(_b)?$", "difference", None),
     (r"\.lora_(down|up|A|B)\b|[._]lora\.(down|up)\.|\.lora_linear_layer\.", "lora", None),
     (r"^(emb_params|clip_l|clip_g)$", "embedding", "webui"),
+    (r"^controlnet_cond_embedding\.", "control", "diffusers"),
     (r"^model\.diffusion_model\.", "checkpoint", "single_file"),
     (r"^first_stage_model\.|^(encoder\.down|decoder\.up)\.\d", "vae", "single_file"),
     (r"^(encoder\.down|decoder\.up)_blocks\.", "vae", "diffusers"),

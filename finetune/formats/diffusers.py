@@ -11,27 +11,30 @@ from finetune.artifact import Artifact, Header, fold_alpha, modules
 from finetune.families._vae import is_vae
 from finetune.formats import _tokens
 from finetune.formats._dialects import FLAT, place
-from finetune.formats.base import DIFFUSERS_METADATA, bare_vae, common_metadata, gather, number, rank_and_alpha, whole_vae
+from finetune.formats.base import CONTROL, DIFFUSERS_METADATA, bare, common_metadata, gather, number, rank_and_alpha, whole_part
 
 if TYPE_CHECKING:  # both cost an import of torch
     from torch import Tensor
 
     from finetune.families.base import FamilySpec
 
-# Its loader refuses LoHa, LoKr, OFT and differences, and drops a dora_scale; `full` is a folder, see train/export.py.
-KINDS = ("lora", "vae", "full", "embedding")
+# Its loader refuses LoHa, LoKr, OFT and differences, and drops a dora_scale; `full` is a folder, see train/export.py, and so
+# is a control branch, whose weights are one file in it.
+KINDS = ("lora", "vae", "full", "embedding", "control")
 
 
 def reads(header: Header) -> bool:
-    """True for a header with dotted names of a LoRA, a VAE's in diffusers' way, or a token under its name."""
+    """True for a header with dotted names of a LoRA, diffusers' of a VAE or a control branch, or a token under its name."""
     lora = any(place(name) and not FLAT.match(name) for name in header.tensors)
-    return lora or is_vae(header.tensors, ldm=False) or _tokens.is_named(_tokens.shapes(header))
+    return lora or CONTROL in header.tensors or is_vae(header.tensors, ldm=False) or _tokens.is_named(_tokens.shapes(header))
 
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
     """Scales come from `lora_adapter_metadata`; without it they are 1. FinetuneError as in `gather`."""
     if is_vae(tensors, ldm=False):
-        return whole_vae(tensors, metadata, spec)
+        return whole_part("vae", tensors, metadata, spec)
+    if CONTROL in tensors:
+        return whole_part("control", tensors, metadata, spec)
     if _tokens.is_named({name: t.shape for name, t in tensors.items()}):
         return _tokens.decode(tensors, metadata, spec)
     return gather(tensors, metadata, spec)
@@ -40,8 +43,8 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: Fam
 def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata): the alpha goes into `lora_adapter_metadata`, where diffusers looks for it."""
     assert artifact.kind != "full", "a whole model is saved by its family"
-    if artifact.kind == "vae":
-        return bare_vae(artifact), common_metadata(artifact, spec)
+    if artifact.kind in ("vae", "control"):
+        return bare(artifact), common_metadata(artifact, spec)
     if artifact.kind == "embedding":
         return _tokens.encode(artifact, spec, named=True), common_metadata(artifact, spec)
     artifact = replace(artifact, tensors=fold_alpha(artifact.tensors))

@@ -12,7 +12,7 @@ from finetune.formats import _joint, _tokens
 from finetune.formats._dialects import FLAT, NORMS, dotted, place, to_sgm
 from finetune.formats._modules import KINDS as _KINDS
 from finetune.formats._modules import ROLES
-from finetune.formats.base import common_metadata, gather, ldm_vae, whole_vae
+from finetune.formats.base import common_metadata, gather, ldm_vae, whole_part
 
 if TYPE_CHECKING:  # both cost an import of torch
     from torch import Tensor
@@ -35,7 +35,7 @@ def reads(header: Header) -> bool:
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
     """Alphas that differ are folded into lora_B. FinetuneError as in `gather`."""
     if is_vae(tensors, ldm=True):
-        return whole_vae(from_ldm(tensors), metadata, spec)
+        return whole_part("vae", from_ldm(tensors), metadata, spec)
     if _tokens.is_bare(tensors):
         return _tokens.decode(tensors, metadata, spec)
     return gather(tensors, metadata, spec)

@@ -194,6 +194,9 @@ class Data(BaseModel):
     """What of a picture counts, such as `{source: alpha}`; null is all of it."""
     inpaint: Inpaint | None = None
     """Where an inpainting model is to paint, such as `{masks: random}`; null for any other model."""
+    condition: Text | None = None
+    """Of the method control: a folder with what its branch is shown of each picture, such as edges or coloured boxes, under
+    the pictures' names and as large; null for any other method."""
     prior: Prior | None = None
     """Pictures of the class, such as `{prompt: a photo of a dog}`; null is none."""
     validation: Validation | None = None

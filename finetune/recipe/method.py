@@ -170,6 +170,20 @@ class Full(BaseModel):
     """Share of the run after which it stays as it is."""
 
 
+class Control(BaseModel):
+    """A branch beside the denoiser of sd1, sd2 or sdxl that sees a condition picture (ControlNet); what it is shown in training
+    is data.condition."""
+
+    model_config = STRICT
+
+    kind: Literal["control"]
+    """The method."""
+    learning_rate: Rate | None = None
+    """The method's own learning rate, often 1e-5 for a large base; null is `train.learning_rate`."""
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the run after which it stays as it is."""
+
+
 class VaeDecoder(BaseModel):
     """The decoder of the VAE, for sharper pictures from the same latents; captions are not needed."""
 

@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
 
 from finetune.recipe.data import Data
-from finetune.recipe.method import Embedding, Full, Lora, VaeDecoder
+from finetune.recipe.method import Control, Embedding, Full, Lora, VaeDecoder
 from finetune.recipe.objective import Objective
 from finetune.recipe.train import Train
 from finetune.recipe.words import STRICT, Many, Positive, Rate, Seed, Some, Text, different, list_of, registered
 
 warnings.filterwarnings("ignore", 'Field name "validate"')     # pydantic's own, an old name that nothing here calls
 
-Method = Annotated[Lora | Embedding | Full | VaeDecoder, Field(discriminator="kind")]
+Method = Annotated[Lora | Embedding | Full | Control | VaeDecoder, Field(discriminator="kind")]
 
 
 def _kinds(known: dict) -> set[str]:
@@ -26,10 +26,10 @@ def _kinds(known: dict) -> set[str]:
 
 
 def _export(known: dict) -> tuple[str, ...]:
-    """A whole model is a diffusers folder; of SD 3's LoRAs more tools read the names of diffusers than the others."""
+    """A whole model and a control branch are diffusers folders; of SD 3's LoRAs more tools read the names of diffusers than the others."""
     sd3 = "base" in known and known["base"].family == "sd3"
     loras = [method.variant for method in known.get("method", ()) if method.kind == "lora"]
-    theirs = "full" in _kinds(known) or sd3 and loras and not {*loras} - {"lora", "rslora"}
+    theirs = _kinds(known) & {"full", "control"} or sd3 and loras and not {*loras} - {"lora", "rslora"}
     return ("diffusers",) if theirs else ("kohya",)
 
 
@@ -160,7 +160,7 @@ class Recipe(BaseModel):
     export: Annotated[Some[Annotated[str, registered("formats")]], AfterValidator(different)] = Field(
         default_factory=_export)
     """Formats that the result is written in, such as [kohya, diffusers]. Left out it is kohya, which most tools read; diffusers
-    for the method full, whose result is a diffusers folder (single_file writes that in the original naming), and for a LoRA of
+    for the methods full and control, whose results are diffusers folders (single_file writes that in the original naming), and for a LoRA of
     sd3, which has no form that all tools read."""
 
     @field_validator("method")
@@ -169,9 +169,15 @@ class Recipe(BaseModel):
         kinds = tuple(method.kind for method in methods)
         different(kinds)
         base = info.data.get("base")
-        if base and base.quantize and (own := {"full", "vae_decoder"} & set(kinds)):
-            raise ValueError(f"{own.pop()} trains weights of the base, which base.quantize: {base.quantize} holds in few bits; "
+        if base and base.quantize and (own := {"full", "control", "vae_decoder"} & set(kinds)):
+            raise ValueError(f"{own.pop()} trains weights of the base, or a copy, which base.quantize: {base.quantize} holds in few bits; "
                              "leave one of them out")
+        data, control = info.data.get("data"), "control" in kinds
+        if data and control != bool(data.condition):
+            raise ValueError("control wants data.condition, a folder with what it is to see of each picture" if control else
+                             "data.condition is for the method control; leave it out")
+        if control and (len(kinds) > 1 or data and (data.prior or data.inpaint)):
+            raise ValueError("control is trained alone: without other methods, data.prior and data.inpaint")
         return methods
 
     @field_validator("objective", "train", mode="before")

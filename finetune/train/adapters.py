@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune import tokens
-from finetune.artifact import Artifact
+from finetune.artifact import Artifact, weights_of
 from finetune.errors import FinetuneError
+from finetune.families import _control
 from finetune.families import base as families
 from finetune.formats import base as formats
 
@@ -23,7 +24,7 @@ class Adapter:
 
 
 def named(text: str) -> tuple[Path, float]:
-    """FILE or FILE:STRENGTH. Raises FinetuneError when there is no such file."""
+    """FILE or FILE:STRENGTH; of a folder with a control branch its file. Raises FinetuneError when there is no such file."""
     path, strength = Path(text), 1.0
     if not path.exists():
         head, _, tail = text.rpartition(":")
@@ -31,7 +32,7 @@ def named(text: str) -> tuple[Path, float]:
             path, strength = Path(head or text), finite(tail)
         except ValueError:
             pass
-    if not path.is_file():
+    if not weights_of(path).is_file():
         raise FinetuneError(f"--adapter {text}: there is no file {path}")
     return path, strength
 
@@ -64,9 +65,11 @@ def check_finite(path: Path, artifact: Artifact) -> None:
 
 @contextmanager
 def on(family, adapters: list[Adapter], factor: float = 1.0) -> Iterator[None]:
-    """Inside, the base has the adapters at `factor` times their strength; at 0 it has no learned token either."""
+    """Inside, the base has the adapters at `factor` times their strength; at 0 it has no learned token either, and a control
+    branch that adds nothing."""
+    branches = [(each.artifact.tensors, each.strength * factor) for each in adapters if each.artifact.kind == "control"]
     words = {formats.token(each.path): formats.rows(each.artifact) for each in adapters if each.artifact.kind == "embedding"}
     weights = [(each.artifact, each.strength * factor) for each in adapters
-               if each.artifact.kind != "embedding" and each.strength * factor]
-    with families.merged(family.parts, weights), tokens.added(family, words if factor else {}):
+               if each.artifact.kind not in ("embedding", "control") and each.strength * factor]
+    with families.merged(family.parts, weights), tokens.added(family, words if factor else {}), _control.added(family, branches):
         yield

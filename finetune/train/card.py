@@ -23,6 +23,7 @@ HERE = {    # how diffusers gets a file straight from the repository
     "lora": 'pipe.load_lora_weights("{to}", weight_name="{file}")',
     "embedding": 'pipe.load_textual_inversion("{to}", weight_name="{file}", token="{stem}")',
     "vae_decoder": 'AutoencoderKL.from_single_file("https://huggingface.co/{to}/blob/main/{file}")',
+    "control": 'ControlNetModel.from_pretrained("{to}")',
     "full": 'DiffusionPipeline.from_pretrained("{to}")'}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from finetune import __version__
-from finetune.artifact import WHOLE, Artifact, modules
+from finetune.artifact import WHOLE, Artifact, modules, weights_of
 from finetune.change import core
 from finetune.data.loader import Stream
 from finetune.errors import FinetuneError
@@ -51,7 +51,10 @@ def write(artifacts: dict[str, Artifact], folder: RunFolder, format_names: list[
             continue
         for i, name in enumerate(["kohya"] if "finetune.extracted" in artifact.metadata else format_names):
             path = folder.adapter(name, i == 0, title)
-            formats.save(artifact, path, name, spec)
+            if artifact.kind == "control":      # diffusers wants a folder
+                path = path.with_suffix("")
+                family.parts["control"].save_config(path)
+            formats.save(artifact, weights_of(path), name, spec)
             again = formats.load(path, spec).tensors
             same = again.keys() == artifact.tensors.keys() and all(torch.equal(again[k], t) for k, t in artifact.tensors.items())
             assert same, f"{path}: what was written is not what was trained"
@@ -195,4 +198,4 @@ def named(words, key: str = ""):
         return {key: named(own, key) for key, own in words.items()}
     if isinstance(words, list):
         return [named(own, key) for own in words]
-    return _name(words) if isinstance(words, str) and key in ("path", "images", "files", "source", "start_from") else words
+    return _name(words) if isinstance(words, str) and key in ("path", "images", "files", "source", "condition", "start_from") else words

@@ -100,12 +100,16 @@ def shown(recipe: Recipe, family) -> str | None:
     if shows == "hole" and not inpaint:
         raise FinetuneError(f"base.path: {family.source.path} is an inpainting model, which has to be told where to paint: "
                             "add data.inpaint: {masks: random}")
+    if recipe.data.condition and shows:
+        raise FinetuneError("method.kind: control is for bases that are shown nothing beside noisy latents, and this one is")
+    shows = "condition" if recipe.data.condition else shows
     if shows and recipe.every.preview:
+        how = {"hole": "--image makes with --mask", "small": "--image makes with --upscale", "condition": "--condition makes"}
         raise FinetuneError("every.preview: this base paints nothing from a prompt alone; set it to 0 and look at what "
-                            f"finetune sample --image makes with {'--mask' if shows == 'hole' else '--upscale'}")
-    if shows == "small" and recipe.data.caption.long == "chunk":      # what they see instead of themselves is not masked
-        raise FinetuneError("data.caption.long: an upscaler's layers cannot leave out what fills shorter captions up; "
-                            "truncate instead of chunk, or shorten the captions")
+                            f"finetune sample {how[shows]}")
+    if shows in ("small", "condition") and recipe.data.caption.long == "chunk":    # what they see instead is not masked
+        raise FinetuneError("data.caption.long: an upscaler's layers, and a control branch's, cannot leave out what fills "
+                            "shorter captions up; truncate instead of chunk, or shorten the captions")
     return shows if shows != "hole" else "random" if inpaint.masks == "random" else "files"
 
 
@@ -146,7 +150,7 @@ def found(recipe: Recipe, role: Role, say: Say, quiet: bool) -> Index | None:
     masks = data.mask.source if data.mask and role != "class" else None
     field = {"learn": "data.images", "validation": "data.validation.images", "class": "data.prior.images"}[role]
     holes = data.inpaint.masks if data.inpaint and role != "class" else None
-    return build(sources, reading(recipe), masks, say, quiet, field, holes) if sources else None
+    return build(sources, reading(recipe), masks, say, quiet, field, holes, data.condition) if sources else None
 
 
 def usable(index: Index, recipe: Recipe, say: Say, captions: Captions | None = None) -> Index:
@@ -275,7 +279,7 @@ def let_go(recipe: Recipe, ground: Ground, trains: tuple[str, ...]) -> None:
 def encoders(ground: Ground, device_type: str) -> tuple[str, str]:
     """What decides latents, and what decides text states, beside the pictures and the captions."""
     family = ground.family
-    part = {name: [ground.weights[name], families.settings(module)] for name, module in family.parts.items()}
+    part = {name: [known, families.settings(family.parts[name])] for name, known in ground.weights.items()}
     text = [part[name] for name in sorted(part) if name not in ("denoiser", "vae")]
     return (cache.key(part["vae"], device_type),
             cache.key(text, family.text_settings(), device_type))

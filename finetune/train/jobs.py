@@ -61,6 +61,8 @@ class Job(BaseModel):
     """(height, width) in pixels; the base's own if not given, or the shape of the image."""
     image: File | None = None
     """The picture to begin with, or a folder of such."""
+    condition: File | None = None
+    """The picture that a control branch follows, or a folder of such."""
     mask: File | None = None
     """White where the image is painted anew; with a folder of images a folder, with a mask of the same name for each."""
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -73,6 +75,8 @@ class Job(BaseModel):
         for name in ("mask", "strength"):
             if getattr(self, name) is not None and self.image is None:
                 raise ValueError(f"{name} is about an image, and there is none")
+        if self.condition and self.image:
+            raise ValueError("condition and image do not go together: what follows a condition begins with noise")
         if self.upscale and not self.image:
             raise ValueError("upscale is about an image, and there is none")
         for name in ("mask", "strength", "size") if self.upscale else ():
@@ -123,14 +127,15 @@ def _told(key: str, problem: dict) -> str:
 
 
 def spread(job: Job, where: str = "") -> list[Job]:
-    """One job for each picture: of a folder every image, by name, with `count` seeds in a row."""
-    pairs = [(job.image, job.mask)]
-    if job.image and os.path.isdir(job.image):
-        images = sorted(file for file in job.image.iterdir() if file.suffix.lower() in SUFFIXES)
+    """One job for each picture: of a folder every image or condition, by name, with `count` seeds in a row."""
+    shown, place = ("condition", job.condition) if job.condition else ("image", job.image)
+    pairs = [(place, job.mask)]
+    if place and os.path.isdir(place):
+        images = sorted(file for file in place.iterdir() if file.suffix.lower() in SUFFIXES)
         if not images:
-            raise FinetuneError(f"{where}: no pictures in {job.image}; a picture is one of {', '.join(SUFFIXES)}")
+            raise FinetuneError(f"{where}: no pictures in {place}; a picture is one of {', '.join(SUFFIXES)}")
         pairs = [(image, _mask_of(image, job.mask)) for image in images]
-    return [job.model_copy(update={"image": image, "mask": mask, "seed": job.seed + number, "count": 1})
+    return [job.model_copy(update={shown: image, "mask": mask, "seed": job.seed + number, "count": 1})
             for image, mask in pairs for number in range(job.count)]
 
 
@@ -157,7 +162,7 @@ def read(path: Path) -> list[Row]:
     if not rows:
         raise FinetuneError(f"{path}: holds no prompt")
     for _, _, row in rows:
-        row.update({key: path.parent / row[key] for key in ("image", "mask") if isinstance(row.get(key), str)})
+        row.update({key: path.parent / row[key] for key in ("image", "condition", "mask") if isinstance(row.get(key), str)})
     return rows
 
 

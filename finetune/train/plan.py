@@ -134,6 +134,8 @@ def needs(recipe: Recipe) -> Need:
                     quantize(family.parts[name], recipe.base.quantize)
             weights = {name: size(part) for name, part in family.parts.items()}
             method = install(recipe, family)
+        if "control" in family.parts:
+            weights["control"] = size(family.parts["control"])
         denoiser, vae = family.parts["denoiser"], family.parts["vae"]
         parameters = method.parameters().values()
         count = sum(p.numel() for p in parameters)
@@ -154,6 +156,8 @@ def needs(recipe: Recipe) -> Need:
                 phases["caching"] = everything - weights["denoiser"] + live.over(lambda: vae.encode(drawn(1)).latent_dist.mean)
         if recipe.train.gradient_checkpointing:
             (denoiser if denoises else vae).enable_gradient_checkpointing()
+            for part in {*method.trains} & {"control"}:
+                family.parts[part].enable_gradient_checkpointing()
         for part in method.trains:
             family.parts[part].train()
         with counter() as flops:
@@ -243,5 +247,6 @@ def denoise(family, B: int, h: int, w: int, said: bool = False) -> Tensor:
         width = config.get("cross_attention_dim") or config.joint_attention_dim
         pooled = config.get("pooled_projection_dim") or "text_2" in family.parts and family.parts["text_2"].config.projection_dim
         told = Conditioning(empty(B, length, width), empty(B, pooled) if pooled else None,
-                            level=empty(B, dtype=torch.long) if family.shows == "small" else None)
+                            level=empty(B, dtype=torch.long) if family.shows == "small" else None,
+                            control=empty(B, 3, h * family.stride, w * family.stride) if "control" in family.parts else None)
     return family.denoise(empty(B, denoiser.config.in_channels, h, w), empty(B, dtype=torch.long), told, empty(B, 6))

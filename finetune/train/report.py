@@ -31,7 +31,7 @@ NAME = "report.html"
 SHOWN, THUMBNAIL = 24, 144      # pictures of the data, and their longer side in pixels
 WIDEST = 1600                   # of a preview, in pixels
 NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT",
-         "full": "Full fine-tuning", "vae_decoder": "VAE decoder", "embedding": "Learned tokens"}
+         "full": "Full fine-tuning", "control": "ControlNet", "vae_decoder": "VAE decoder", "embedding": "Learned tokens"}
 CURVES = {"loss": "loss", "validation_loss": "loss on held-out pictures", "lr": "learning rate", "grad_norm": "norm of the gradient",
           "images_per_second": "pictures a second", "memory_mb": "memory in MB"}
 USES = {    # kind of adapter → tool → what to do with the file, as the tools' own manuals have it
@@ -46,6 +46,8 @@ USES = {    # kind of adapter → tool → what to do with the file, as the tool
                   "diffusers": 'pipe.load_textual_inversion("{file}", token="{stem}")'},
     "vae_decoder": {"ComfyUI": "put it into models/vae, add the node Load VAE",
                     "A1111, Forge, SD.Next": "put it into models/VAE and choose it in the settings"},
+    "control": {"ComfyUI": "put {file}/diffusion_pytorch_model.safetensors into models/controlnet, add the node Load ControlNet Model",
+                "diffusers": 'ControlNetModel.from_pretrained("{file}")', "finetune": "--adapter {file} --condition PICTURE"},
     "full": {"diffusers": 'DiffusionPipeline.from_pretrained("{file}")', "finetune": "--base {file}"},
 }
 

@@ -1,7 +1,7 @@
 """Jobs → pictures, through diffusers' own pipelines over the family's own parts.
 
-What a job holds decides the verb: a prompt alone is text-to-image, with an image image-to-image, with a mask inpainting; an
-image that is to be upscaled goes to the pipeline of a base that does nothing else.
+What a job holds decides the verb: a prompt alone, or with the condition of a control branch, is text-to-image, with an image
+image-to-image, with a mask inpainting; an image that is to be upscaled goes to the pipeline of a base that does nothing else.
 """
 
 import inspect
@@ -42,6 +42,7 @@ def settle(family, jobs: list[Job]) -> list[Job]:
     seen: dict[tuple, tuple[int, int]] = {}
     settled = []
     for job in jobs:
+        check_condition(job, "control" in family.parts)
         for text in (job.prompt, job.negative):
             if lost := family.cut_prompt(text):
                 raise FinetuneError(f"the prompt {text!r} is too long for the text encoder: it would lose {lost!r}")
@@ -49,13 +50,21 @@ def settle(family, jobs: list[Job]) -> list[Job]:
             raise FinetuneError(f"steps: {job.steps} are more than the {most} that the base was trained with")
         if job.size and any(side % step for side in job.size):
             raise FinetuneError(f"size {job.size[1]}x{job.size[0]}: both sides have to be multiples of {step}")
-        files = job.image, job.mask
-        if job.image and files not in seen:
-            seen[files] = _shape(job)
+        files = shown, _ = job.image or job.condition, job.mask
+        if shown and files not in seen:
+            seen[files] = _shape(*files)
         most = math.inf if upscales else own * family.stride        # an image that is enlarged is not made smaller before
-        size = shrunk(*seen[files], most, step) if job.image else (own * family.stride,) * 2
+        size = shrunk(*seen[files], most, step) if shown else (own * family.stride,) * 2
         settled.append(job.model_copy(update={"size": job.size or size}))
     return settled
+
+
+def check_condition(job: Job, controlled: bool) -> None:
+    """Raise FinetuneError for a condition that nothing follows, and for a control branch that has none."""
+    if controlled and not job.condition:
+        raise FinetuneError("one of the adapters is a control branch, which follows a picture: give it --condition")
+    if job.condition and not controlled:
+        raise FinetuneError("--condition: none of the adapters is a control branch, which could follow it")
 
 
 def shrunk(height: int, width: int, side: int, step: int) -> tuple[int, int]:
@@ -77,6 +86,8 @@ def generate(pipeline, jobs: list[Job], batch: int = 8, say: str | None = None) 
     same in float64.
 
     `pipeline` is the family's, for text; `say` names a progress bar."""
+    for job in jobs:
+        check_condition(job, hasattr(pipeline, "controlnet"))
     with tqdm(total=len(jobs), desc=say, unit="img", disable=say is None, leave=False) as bar:
         for _, group in groupby(jobs, lambda job: (job.steps, job.guidance, job.size, job.change, _verb(job), bool(job.negative))):
             alike = list(group)
@@ -122,6 +133,8 @@ def _pictures(pipeline, jobs: list[Job]) -> dict:
     known, first, options = inspect.signature(pipeline.__call__).parameters, jobs[0], {}
     if first.size and "height" in known:        # otherwise the size is the image's
         options = {"height": first.size[0], "width": first.size[1]}
+    if first.condition:
+        options["image"] = [cut(image := _read(pictures.read, job.condition), plan_crop(*image.size, job.size)) for job in jobs]
     if first.image:
         cuts = [_cut(job) for job in jobs]
         options |= {"image": [image for image, _ in cuts]} | ({} if first.upscale else {"strength": first.change})
@@ -136,16 +149,16 @@ def _cut(job: Job) -> tuple[Image.Image, Image.Image | None]:
     return cut(image, crop), cut(_read(pictures.mask, job.mask), crop) if job.mask else None
 
 
-def _shape(job: Job) -> tuple[int, int]:
-    """Height and width of a job's image. Raises FinetuneError for one that cannot be read, or has no mask of its own."""
-    image = _read(pictures.read, job.image)
-    if job.mask:
-        mask = _read(pictures.mask, job.mask)
+def _shape(shown: Path, over: Path | None) -> tuple[int, int]:
+    """Height and width of an image or a condition. Raises FinetuneError for one that cannot be read, or has no mask of its own."""
+    image = _read(pictures.read, shown)
+    if over:
+        mask = _read(pictures.mask, over)
         if mask.size != image.size:
-            raise FinetuneError(f"{job.mask}: the mask has {mask.width} × {mask.height} pixels, its picture {job.image.name} "
+            raise FinetuneError(f"{over}: the mask has {mask.width} × {mask.height} pixels, its picture {shown.name} "
                                 f"{image.width} × {image.height}; make them the same")
         if mask.getextrema()[1] < WHITE:
-            raise FinetuneError(f"{job.mask}: nothing in the mask is white, so nothing would be painted; "
+            raise FinetuneError(f"{over}: nothing in the mask is white, so nothing would be painted; "
                                 "white is what is painted anew, black and transparent stay")
     return image.height, image.width
 

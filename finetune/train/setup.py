@@ -110,7 +110,8 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     loader = Loader(base.streams, train.batch_size, train.gradient_accumulation, accelerator.process_index,
                     accelerator.num_processes, recipe.data.workers)
     if train.gradient_checkpointing:
-        family.parts["denoiser" if method.objective == "denoise" else "vae"].enable_gradient_checkpointing()
+        for part in {"denoiser" if method.objective == "denoise" else "vae"} | {*method.trains} & {"control"}:
+            family.parts[part].enable_gradient_checkpointing()
     if train.compile:
         compile_blocks(family.parts["denoiser"], accelerator.device, cache.home().parent / "compiled")
     objective = registry.find("objectives", recipe.objective.kind).build(

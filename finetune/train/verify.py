@@ -4,7 +4,7 @@ The probe is one call of the denoiser at a fixed latent, text and timestep. `exp
 strength 0.5 and 1: from the training model at the end of `train`, from our own merge in `finetune verify`. A LoRA is loaded
 by diffusers; what diffusers does not load, other kinds and SD 3's original names, is merged by ourselves and held against the
 training model.
-Of a VAE the probe is a picture drawn from a fixed latent, and a whole model is loaded again as a base. Of a learned token it
+Of a control branch, which diffusers loads too, the probe is shown a condition. Of a VAE it is a picture drawn from a fixed latent, and a whole model is loaded again as a base. Of a learned token it
 is what the text encoder makes of prompts with it; diffusers loads the file into an encoder that never saw the token.
 """
 
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from finetune import registry, tokens
-from finetune.artifact import WHOLE, Artifact, modules, read_header
+from finetune.artifact import WHOLE, Artifact, modules, read_header, weights_of
 from finetune.change import core
 from finetune.diffusion import noise
+from finetune.families import _control
 from finetune.families import base as families
 from finetune.families._altered import leave_out
 from finetune.formats import base as formats
@@ -49,6 +50,7 @@ def verify(path: Path, family, expected: dict[float, Tensor] | None = None) -> l
     """Every check of one file on one base. Without `expected`, the probe's outputs with the file merged by ourselves.
 
     Raises FinetuneError when the file is no adapter, or not one of this family."""
+    path = weights_of(path) if weights_of(path).is_file() else path
     if path.is_dir() or expected and single_file.reads(read_header(path)):
         return [reloaded(path, family, expected)]
     artifact, checks = alone(path, family.spec)
@@ -67,6 +69,8 @@ def loaded(path: Path, artifact: Artifact, family, expected: dict[float, Tensor]
     if said := artifact.metadata.get("finetune.extracted"):     # it is not all of what was trained
         checks.append(Check("extracted", True, said))
         expected = None
+    if artifact.kind == "control":
+        return by_controlnet(path, artifact, family, expected)
     if artifact.kind == "lora" and not (family.spec.joint and kohya.reads(read_header(path))):
         expected = expected or {s: merged(family, artifact, s) for s in STRENGTHS}
         with warnings.catch_warnings():     # peft remarks that the file comes beside what was trained, and goes again
@@ -131,6 +135,24 @@ def by_diffusers(path: Path, family, expected: dict[float, Tensor]) -> list[Chec
     finally:
         if NAME in getattr(denoiser, "peft_config", {}):
             pipeline.delete_adapters([NAME])
+    return checks
+
+
+def by_controlnet(path: Path, artifact: Artifact, family, expected: dict[float, Tensor] | None) -> list[Check]:
+    """The probe with the branch as diffusers loads it, which takes the config beside the file, against what is expected."""
+    import diffusers
+
+    checks = []
+    for strength in STRENGTHS if (path.parent / "config.json").is_file() else ():
+        with _control.added(family, [(artifact.tensors, strength)]):
+            wanted = expected[strength] if expected else probe(family)
+            try:
+                read = diffusers.ControlNetModel.from_pretrained(path.parent, use_safetensors=True)
+            except (OSError, ValueError, RuntimeError) as e:
+                return [*checks, Check("diffusers", False, f"its loader refuses the file: {str(e).splitlines()[0]}")]
+            _control.scale(read, strength)
+            family.parts["control"] = read.to(wanted.device)
+            checks.append(compared(family, f"diffusers at strength {strength:g}", probe(family), wanted))
     return checks
 
 
@@ -238,6 +260,9 @@ def probe(family) -> Tensor:
     geometry = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * 2, device=x.device, dtype=x.dtype)
     with resting(family.parts):
         told = family.encode_text(["a picture", "a red circle"])
+        if "control" in family.parts:
+            seen = noise.normal((3, pixels, pixels), 0, [0, 1], "verify condition").to(x).sigmoid()
+            told = replace(told, control=seen)
         if family.shows:
             level = torch.tensor([0, 20], device=x.device) if family.shows == "small" else None
             told = replace(told, beside=x[:, latents:], level=level)

@@ -7,6 +7,7 @@ from pydantic import TypeAdapter
 from finetune import registry, tokens
 from finetune.batch import Conditioning
 from finetune.errors import FinetuneError
+from finetune.families import _control
 from finetune.families import base as families
 from finetune.formats import base as formats
 from finetune.methods.base import restore
@@ -25,6 +26,7 @@ CASES = {
     "full": {},
     "full, of some layers": {"targets": ["*.attn2.to_k", "*.attn2.to_v"], "text": {}},
     "embedding": {"tokens": {"sks-dog": {"init": "red circle"}, "sks-hut": {"init": "a star", "vectors": 3}}},
+    "control": {},
     "vae_decoder": {},
     "vae_decoder with the encoder": {"encoder": True},
 }
@@ -57,11 +59,17 @@ def picture(g: torch.Generator) -> torch.Tensor:
     return torch.rand(1, 3, 16, 16, generator=g) * 2 - 1
 
 
+def told(family, prompts: list[str]) -> Conditioning:
+    """The states of two prompts, and for a control branch something to see."""
+    seen = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)) if "control" in family.parts else None
+    return Conditioning(family.encode_text(prompts).tokens, control=seen)
+
+
 def output(family, prompt: str = "a red circle") -> torch.Tensor:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 4, 8, 8, generator=g)
     with torch.no_grad():
-        out = family.denoise(x, torch.tensor([10, 700]), family.encode_text([prompt, ""]), torch.zeros(2, 6))
+        out = family.denoise(x, torch.tensor([10, 700]), told(family, [prompt, ""]), torch.zeros(2, 6))
         return torch.cat([out.flatten(), family.parts["vae"](picture(g)).sample.flatten()])
 
 
@@ -69,6 +77,8 @@ def applied(family, artifacts: dict, strength: float):
     """A context in which the family has what is in the files."""
     if all(artifact.kind == "embedding" for artifact in artifacts.values()):
         return tokens.added(family, {name: formats.rows(artifact) for name, artifact in artifacts.items()})
+    if artifacts[""].kind == "control":
+        return _control.added(family, [(artifacts[""].tensors, strength)])
     return families.merged(family.parts, [(artifact, strength) for artifact in artifacts.values()])
 
 
@@ -82,8 +92,7 @@ def train(family, method, steps: int = 3) -> None:
         optimizer.step()
         optimizer.zero_grad()
     for _ in range(steps if method.objective == "denoise" else 0):
-        states = family.encode_text(["a blue star", SAID])
-        out = family.denoise(x, torch.tensor([10, 700]), Conditioning(states.tokens), torch.zeros(2, 6))
+        out = family.denoise(x, torch.tensor([10, 700]), told(family, ["a blue star", SAID]), torch.zeros(2, 6))
         (out - target).square().mean().backward()
         optimizer.step()
         method.after_step()
@@ -112,7 +121,8 @@ def test_only_its_parameters_train(installed):
     start = {name: p.detach().clone() for name, p in method.parameters().items()}
     train(family, method)
     assert all(not torch.equal(p, start[name]) for name, p in method.parameters().items())
-    for part, module in family.parts.items():
+    for part in before:
+        module = family.parts[part]
         now = {k.replace(".base_layer", ""): v for k, v in module.state_dict().items()}
         trained = {name for name, p in module.named_parameters() if p.requires_grad}
         assert all(torch.equal(now[name], value) for name, value in before[part].items() if name not in trained)
@@ -160,7 +170,7 @@ def test_its_file_is_its_artifact_bit_for_bit(installed, tmp_path):
         pytest.skip("a whole model is a folder: see tests/runs")
     train(family, method)
     for artifact in method.export({}).values():
-        formats.save(artifact, tmp_path / "x.safetensors", "kohya", family.spec)
+        formats.save(artifact, tmp_path / "x.safetensors", "diffusers" if method.kind == "control" else "kohya", family.spec)
         back = formats.load(tmp_path / "x.safetensors", family.spec)
         assert back.kind == artifact.kind and back.tensors.keys() == artifact.tensors.keys()
         assert all(torch.equal(back.tensors[name], t) for name, t in artifact.tensors.items())

@@ -1,5 +1,7 @@
 """What networks are shown beside noisy latents: holes from their position alone, of widely different sizes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,24 @@ def test_masks_of_files_follow_their_picture(pictures, masks, streamed):
     assert [note.text for note in notes] == [f"has no mask of its name in {masks}"]
     with pytest.raises(FinetuneError, match="data.inpaint.masks: there is no folder nowhere; it is `random` or"):
         build([Source(str(pictures))], Reading(), None, lambda line: None, True, holes="nowhere")
+
+
+def test_conditions_follow_their_picture_whatever_becomes_of_it(pictures, streamed):
+    """The pictures as their own conditions: the same piece of the same side, whether latents are cached or not."""
+    def looked(folder, field="data.images", **named):
+        return build([Source(str(folder))], Reading(), None, lambda line: None, True, field, **named)
+
+    plain = streamed(pictures, 32, flip=True, random_crop=True, shows="condition", mask="alpha")
+    index = looked(pictures, conditions=str(pictures))
+    assert index.fingerprint() != plain.index.fingerprint()
+    stream = replace(plain, index=index)
+    batch = stream.batch({p: p % 7 for p in range(14)}, 1.0)
+    assert torch.equal(batch.beside, batch.pixels / 2 + 0.5)
+    encoded = Encoded(lambda number, flip: {"moments": torch.zeros(8, 4, 4), "mask": torch.ones(1, 4, 4)}, None, torch.add)
+    cached = replace(stream, encoded=replace(encoded, sample=lambda moments, noise: noise))
+    assert torch.equal(cached.batch({p: p % 7 for p in range(14)}, 1.0).beside, batch.beside)
+    with pytest.raises(FinetuneError, match="data.condition: there is no folder nowhere; it is a folder of conditions"):
+        looked(pictures, conditions="nowhere")
 
 
 def test_a_small_picture_is_the_mean_of_its_pixels(pictures, streamed):

@@ -233,9 +233,9 @@ def test_masks(tmp_path):
     assert [s[1:2] + s[3:] for s in said] == [("/masks/sub/bad.png", True), ("/pictures/sub/002.png", True),
                                               ("/pictures/sub/001.png", True), ("/masks/sub/009.png", False)]
     assert {s[0] for s in said} == {"mask"} and "9 × 6 pixels and its mask 8 × 6" in said[2][2]
-    assert found.read_mask(0) == (masks / "sub/000.bmp").read_bytes() and found.read_mask(2) is None
+    assert found.read_beside(0, "mask") == (masks / "sub/000.bmp").read_bytes() and found.read_beside(2, "mask") is None
     assert found.mask_digest[0].any() and not found.mask_digest[2].any()
-    assert index(tmp_path / "pictures", masks="alpha").read_mask(0) is None
+    assert index(tmp_path / "pictures", masks="alpha").read_beside(0, "mask") is None
 
 
 def test_masks_that_cannot_be(tmp_path):

@@ -107,6 +107,7 @@ def test_every_shipped_recipe_trains_two_steps(path, train, tmp_path, pictures, 
     if base != "tiny":      # a CPU takes a minute for a step of real depth in bfloat16
         small += settings(base__dtype="float32", train__mixed_precision='"no"', train__gradient_accumulation=1)
     own = [] if path.stem.startswith("tiny_") else settings(data__images=pictures)
+    own += settings(data__condition=pictures) if own and recipe.data.condition else []
     assert train(path, tmp_path / "run", *small, *own) == 0
     adapters = tmp_path / "run" / "adapter"
     proven = json.loads((adapters / "verify.json").read_text())

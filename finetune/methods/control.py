@@ -1,0 +1,63 @@
+"""A control branch: a picture beside the prompt, such as boxes or edges, that says where what is to be (ControlNet)."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import log2
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from finetune.artifact import Artifact
+from finetune.diffusion import noise
+from finetune.families import _control
+from finetune.methods._weights import Weights, stored
+
+
+@dataclass
+class Control:
+    """The denoiser rests; what its branch learns is of use to any model with such a denoiser."""
+
+    learning_rate: float | None
+    seed: int
+    trains: tuple[str, ...] = ("control",)
+
+    objective: ClassVar = "denoise"
+    kind: ClassVar = "control"
+
+    def install(self, family) -> None:
+        unet = family.parts["denoiser"]
+        with torch.random.fork_rng():
+            torch.manual_seed(noise.derive(self.seed, 0, "control") % 2**63)
+            self.branch = _control.branch(unet, _control.WIDTHS[:1 + int(log2(family.stride))]).to(unet.device)
+        family.parts["control"] = self.branch
+        self.family = family.spec.name
+        self.weights = Weights({f"control.{name}": p for name, p in self.branch.named_parameters()})
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self.weights.parameters
+
+    def groups(self, learning_rate: float) -> list[dict]:
+        return [{"params": list(self.parameters().values()), "lr": self.learning_rate or learning_rate}]
+
+    def after_step(self) -> None:
+        pass
+
+    def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
+        return {"": self.weights.artifact(self.kind, self.family, metadata)}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.weights.restore(tensors)
+
+    @contextmanager
+    def at(self, strength: float):
+        trained = stored(self.parameters())
+        try:
+            _control.scale(self.branch, strength)
+            yield
+        finally:
+            self.restore(trained)
+
+
+def build(**fields) -> Control:
+    return Control(**fields)
