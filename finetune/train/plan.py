@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from finetune import registry
 from finetune.batch import Batch, Conditioning
 from finetune.data.buckets import sizes
-from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.families import sd3
 from finetune.families._quantized import quantize

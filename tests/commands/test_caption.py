@@ -1,6 +1,5 @@
 """`finetune caption` with small models of random weights: what they say does not matter, where it goes does."""
 
-import json
 import shutil
 
 import pytest

@@ -165,7 +165,7 @@ def test_one_mistake(write, line, expected):
     ("images: pictures", "images: p, caption: {dropout: 2}",
      "data.caption.dropout: wants at most 1; given 2"),
     ("kind: lora", "kind: loar",
-     "dog.yaml:3  method.kind: unknown kind 'loar'; did you mean 'lora'?\n    one of: embedding, full, lora"),
+     "dog.yaml:3  method.kind: unknown kind 'loar'; did you mean 'lora'?\n    one of: control, embedding, full, lora"),
     ("kind: lora", "rank: 4", "dog.yaml:3  method.kind: missing"),
     ("kind: lora", "kind: lora, rank: 0", "dog.yaml:3  method.rank: wants at least 1; given 0"),
     ("kind: lora", "kind: lora, dropout: 1", "dog.yaml:3  method.dropout: wants less than 1; given 1"),
@@ -316,9 +316,9 @@ def test_every_field_is_explained(model):
 
 
 def test_the_schema_and_the_registry_know_the_same_methods(write):
-    owed = {"embedding": ", tokens: {sks-dog: {init: dog}}"}
+    owed = {"embedding": ["method.tokens={sks-dog: {init: dog}}"], "control": ["data.condition=boxes"]}
     for name in registry.names("methods"):
-        assert load(write(SMALLEST), [f"method={{kind: {name}{owed.get(name, '')}}}"]).recipe.method[0].kind == name
+        assert load(write(SMALLEST), [f"method={{kind: {name}}}", *owed.get(name, [])]).recipe.method[0].kind == name
     assert f"one of: {', '.join(registry.names('methods'))}" in problems(write(SMALLEST), "method.kind=x")
 
 
