@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
+signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores it, and so would each test
 COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple"]
 
 

@@ -6,12 +6,13 @@ from math import log2
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.artifact import Artifact
 from finetune.diffusion import noise
 from finetune.families import _control
 from finetune.methods._weights import Weights, stored
+from finetune.methods.base import restore
 
 
 @dataclass
@@ -46,9 +47,6 @@ class Control:
     def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
         return {"": self.weights.artifact(self.kind, self.family, metadata)}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.weights.restore(tensors)
-
     @contextmanager
     def at(self, strength: float):
         trained = stored(self.parameters())
@@ -56,7 +54,7 @@ class Control:
             _control.scale(self.branch, strength)
             yield
         finally:
-            self.restore(trained)
+            restore(self.parameters(), trained)
 
 
 def build(**fields) -> Control:

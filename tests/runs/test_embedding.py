@@ -46,7 +46,7 @@ def test_a_run_is_proven_and_goes_on_bit_for_bit(coloured, train, tmp_path, meth
     tokens = {f"colour-{colour}" for colour in ("red", "orange", "yellow", "green", "cyan", "blue", "purple")} | {"sks-disc"}
     assert {name.removesuffix(".safetensors") for name in files} == tokens | ({"small"} if len(methods) > 1 else set())
     proof = json.loads((whole / "adapter" / "verify.json").read_text())["sks-disc.safetensors"]
-    assert [check["name"] for check in proof] == ["metadata", "finite", "fits the base", "length", "moved", "prompts in diffusers", "tools"]
+    assert [check["name"] for check in proof] == ["metadata", "finite", "not zero", "fits the base", "length", "moved", "prompts in diffusers", "tools"]
     assert len(files["colour-red.safetensors"]) < 10_000
     assert read_tensors(whole / "adapter" / "sks-disc.safetensors")["emb_params"].shape == (2, 128)
 

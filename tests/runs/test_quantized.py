@@ -65,7 +65,7 @@ def test_other_variants_take_the_whole_weight_and_are_proven_too(variant, own, r
 def test_what_trains_or_changes_the_weights_themselves_is_refused(recipe, train, tmp_path, capsys):
     for method in ("{kind: full}", "{kind: vae_decoder}"):
         assert train(recipe, tmp_path / "run", "--set", f"method={method}", "--set", "base.quantize=int8") == 2
-        assert "trains weights of the base, which base.quantize: int8 holds in few bits" in capsys.readouterr().err
+        assert "trains weights of the base, or a copy, which base.quantize: int8 holds in few bits" in capsys.readouterr().err
     assert train(recipe, tmp_path / "run", "--set", "base.adapters=[x]", "--set", "base.quantize=int8") == 2
     assert "merge them first" in capsys.readouterr().err
 
