@@ -22,7 +22,7 @@ UNET, LDM = ("sd1", "sd2", "sdxl"), r"lora_unet_(input_blocks|middle_block|outpu
 NAMES = (
     (UNET, r"lora_unet_(conv_in|conv_out|time_embedding_linear_\d)$", "++++++--+"),
     (("sdxl",), r"lora_unet_up_blocks_0_upsamplers_0_conv$", "++-++++++"),
-    (UNET, r"lora_unet_(down_blocks|mid_block|up_blocks|add_embedding|conv_norm_out)_", "+++++++++"),
+    (UNET, r"lora_unet_((down_blocks|mid_block|up_blocks|add_embedding)_|conv_norm_out$)", "+++++++++"),
     (("sd2",), r"lora_unet_output_blocks_2_1_conv$", "-+++---++"),
     (("sd1",), LDM, "!++++--++"),
     (("sd2",), LDM, "-++++--++"),
