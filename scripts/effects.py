@@ -24,7 +24,7 @@ from finetune.formats import base as formats
 from finetune.objectives import _similarity as similarity
 from finetune.train import adapters
 from finetune.train.jobs import Job
-from finetune.train.sampling import generate
+from finetune.train.sampling import generate, settle
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "results"
@@ -162,7 +162,7 @@ def followed(run: Path) -> Shares:
         jobs = [Job(prompt=make_datasets.layout_caption(scene), seed=1000 + i, steps=STEPS, guidance=GUIDANCE,
                     condition=run / "boxes" / f"{i:02}.png" if on else None) for i, scene in enumerate(scenes)]
         with adapters.on(family, on):
-            drawn = list(generate(family.pipeline(), jobs, 32))
+            drawn = list(generate(family.pipeline(), settle(family, jobs), 32))
         sampling.sheet(run / f"{part}.png", drawn[:32], [job.prompt[2:24] for job in jobs[:32]])
         strip(run, part, drawn[:SHOWN])
         words = readers.read(readers.trained_reader(styles=False)[0], drawn)
