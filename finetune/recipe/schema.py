@@ -7,13 +7,13 @@ key is an error. Only a whole number may stand where any number is wanted, and a
 import warnings
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from finetune.recipe.data import Data
 from finetune.recipe.method import Control, Embedding, Full, Lora, VaeDecoder
 from finetune.recipe.objective import Objective
 from finetune.recipe.train import Train
-from finetune.recipe.words import STRICT, Many, Positive, Rate, Seed, Some, Text, different, list_of, registered
+from finetune.recipe.words import Fields, Many, Positive, Rate, Seed, Some, Text, different, list_of, registered
 
 warnings.filterwarnings("ignore", 'Field name "validate"')     # pydantic's own, an old name that nothing here calls
 
@@ -38,10 +38,8 @@ def _listed(value):
     return [value] if isinstance(value, dict) else value
 
 
-class Merged(BaseModel):
+class Merged(Fields):
     """An adapter that is merged into the base before anything else."""
-
-    model_config = STRICT
 
     path: Text
     """A .safetensors file in any format that is read."""
@@ -49,10 +47,8 @@ class Merged(BaseModel):
     """How often it counts."""
 
 
-class Base(BaseModel):
+class Base(Fields):
     """The model that is fine-tuned; its weights stay frozen."""
-
-    model_config = STRICT
 
     family: Annotated[str, registered("families")] = "sd1"
     """The family of the model."""
@@ -102,10 +98,8 @@ class Base(BaseModel):
         return {part: path for part in ("denoiser", "text", "text_2", "text_3", "vae") if (path := getattr(self, part))}
 
 
-class Preview(BaseModel):
+class Preview(Fields):
     """The pictures that are sampled on the way: the base beside what is trained so far."""
-
-    model_config = STRICT
 
     prompts: Many[str] = ()
     """One row for each prompt and seed."""
@@ -123,10 +117,8 @@ class Preview(BaseModel):
     """Keep the first preview of what was trained in the adapter's metadata, as a small JPEG that some web UIs show it by."""
 
 
-class Every(BaseModel):
+class Every(Fields):
     """How often, in optimizer steps, something is done beside training."""
-
-    model_config = STRICT
 
     log: Positive = 10
     """Write a line to metrics.jsonl."""
@@ -138,10 +130,8 @@ class Every(BaseModel):
     """Save a checkpoint; 0 is only when the run ends or is stopped."""
 
 
-class Recipe(BaseModel):
+class Recipe(Fields):
     """A whole run: everything that decides what comes out."""
-
-    model_config = STRICT
 
     base: Base
     """The model that is fine-tuned."""
