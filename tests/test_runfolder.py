@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from finetune import runfolder
+from finetune.disk import write_json, write_text
 from finetune.errors import FinetuneError
-from finetune.runfolder import RunFolder, write_json, write_text
+from finetune.runfolder import RunFolder
 
 
 def test_everything_lies_inside_under_the_recipes_name(tmp_path):

@@ -20,7 +20,7 @@ from torch import nn
 
 from finetune.artifact import read_tensors, write_safetensors
 from finetune.errors import FinetuneError
-from finetune.families._merging import layer, merge, merged, misfits, touched, weight
+from finetune.families._merging import merge, merged, misfits, weight
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,7 +99,8 @@ class Source:
         except (OSError, ValueError, RuntimeError, SafetensorError) as e:
             raise FinetuneError(f"base.path: {self.path}: its {component} cannot be loaded\n    {e}") from None
         if missing := sorted(found["missing_keys"]):        # the libraries fill these with random numbers
-            raise FinetuneError(f"base.path: {self.path}: its {component} lacks {len(missing)} tensors, for example {missing[0]}")
+            raise FinetuneError(f"base.path: {self.path}: its {component} lacks {len(missing)} tensors, for example "
+                                f"{missing[0]}")
         if any(p.dtype != dtype for p in part.parameters()):       # transformers keeps the file's own dtype
             part.to(dtype)
         return part.requires_grad_(False).eval()

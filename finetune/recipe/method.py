@@ -159,8 +159,8 @@ class Full(Fields):
 
 
 class Control(Fields):
-    """A branch beside the denoiser of sd1, sd2 or sdxl that sees a condition picture (ControlNet); what it is shown in training
-    is data.condition."""
+    """A branch beside the denoiser of sd1, sd2 or sdxl that sees a condition picture (ControlNet); what it is shown in
+    training is data.condition."""
 
     kind: Literal["control"]
     """The method."""

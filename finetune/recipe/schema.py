@@ -26,7 +26,7 @@ def _kinds(known: dict) -> set[str]:
 
 
 def _export(known: dict) -> tuple[str, ...]:
-    """A whole model and a control branch are diffusers folders; of SD 3's LoRAs more tools read the names of diffusers than the others."""
+    """A whole model and a control branch are diffusers folders; of SD 3's LoRAs more tools read diffusers' names."""
     sd3 = "base" in known and known["base"].family == "sd3"
     loras = [method.variant for method in known.get("method", ()) if method.kind == "lora"]
     theirs = _kinds(known) & {"full", "control"} or sd3 and loras and not {*loras} - {"lora", "rslora"}
@@ -88,8 +88,8 @@ class Base(Fields):
     @classmethod
     def _nothing_to_merge(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value and info.data.get("adapters"):
-            raise ValueError("base.adapters cannot be merged into few bits; merge them first, with `finetune merge`, and give what "
-                             "that writes as base.path")
+            raise ValueError("base.adapters cannot be merged into few bits; merge them first, with `finetune merge`, and give "
+                             "what that writes as base.path")
         return value
 
     @property
@@ -149,9 +149,9 @@ class Recipe(Fields):
     """How often something is done beside training."""
     export: Annotated[Some[Annotated[str, registered("formats")]], AfterValidator(different)] = Field(
         default_factory=_export)
-    """Formats that the result is written in, such as [kohya, diffusers]. Left out it is kohya, which most tools read; diffusers
-    for the methods full and control, whose results are diffusers folders (single_file writes that in the original naming), and for a LoRA of
-    sd3, which has no form that all tools read."""
+    """Formats that the result is written in, such as [kohya, diffusers]. Left out it is kohya, which most tools read;
+    diffusers for the methods full and control, whose results are diffusers folders (single_file writes that in the original
+    naming), and for a LoRA of sd3, which has no form that all tools read."""
 
     @field_validator("method")
     @classmethod
@@ -160,8 +160,8 @@ class Recipe(Fields):
         different(kinds)
         base = info.data.get("base")
         if base and base.quantize and (own := {"full", "control", "vae_decoder"} & set(kinds)):
-            raise ValueError(f"{own.pop()} trains weights of the base, or a copy, which base.quantize: {base.quantize} holds in few bits; "
-                             "leave one of them out")
+            raise ValueError(f"{own.pop()} trains weights of the base, or a copy, which base.quantize: {base.quantize} holds "
+                             "in few bits; leave one of them out")
         data, control = info.data.get("data"), "control" in kinds
         if data and control != bool(data.condition):
             raise ValueError("control wants data.condition, a folder with what it is to see of each picture" if control else
@@ -185,8 +185,8 @@ class Recipe(Fields):
         if train.compile and "vae_decoder" in _kinds(info.data):
             raise ValueError("compile: is of the denoiser, which vae_decoder does not run; leave it out")
         if train.gradient_release and "data" in info.data and info.data["data"].prior:
-            raise ValueError("gradient_release: data.prior adds a batch to each step, and there is no gradient to add up with; "
-                             "leave one of the two out")
+            raise ValueError("gradient_release: data.prior adds a batch to each step, and there is no gradient to add up "
+                             "with; leave one of the two out")
         return train
 
     @field_validator("every")

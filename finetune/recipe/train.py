@@ -87,8 +87,8 @@ class Train(Fields):
     compile: bool = False
     """Compile the denoiser's blocks with torch.compile: minutes at the start, for each bucket anew, and other rounding."""
     deterministic: bool = False
-    """On a GPU use deterministic kernels alone, so that the same run gives the same bytes there too; slower, by how much is not
-    measured. On a CPU it changes nothing: there it is always so."""
+    """On a GPU use deterministic kernels alone, so that the same run gives the same bytes there too; slower, by how much is
+    not measured. On a CPU it changes nothing: there it is always so."""
     threads: Positive | None = None
     """CPU threads of one process; null shares out all cores."""
     keep_checkpoints: Positive = 2
@@ -100,7 +100,8 @@ class Train(Fields):
     the same command continues. null is as long as it takes."""
 
     trackers: Annotated[Many[Text], AfterValidator(different)] = ()
-    """Where the log and the previews go too, as Accelerate names them: tensorboard (into trackers/ of the run), wandb, mlflow, …"""
+    """Where the log and the previews go too, as Accelerate names them: tensorboard (into trackers/ of the run), wandb,
+    mlflow, …"""
     keep_best: bool | Text = False
     """Also hand over the best, in adapter/best/: true is what had the least loss on held-out pictures, and the name of one of
     preview.metrics, such as dino, what was best by that."""

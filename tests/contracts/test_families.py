@@ -130,8 +130,7 @@ def test_pixels_survive_the_vae(family, pictures, streamed, size):
     vae, config = family.parts["vae"], family.parts["vae"].config
     mode, shift = vae.encode(pixels).latent_dist.mode(), config.shift_factor or 0.0
     assert torch.equal(latents, (mode - shift) * config.scaling_factor) and bool(shift) == (family.spec.name == "sd3")
-    drawn = family.decode_latents(latents)
-    assert torch.allclose(drawn, vae.decode(latents / config.scaling_factor + shift).sample)
+    drawn = vae.decode(latents / config.scaling_factor + shift).sample
     if family.source.name == "tiny":        # the others' weights are random
         assert (drawn - pixels).square().mean() < 0.05      # pictures unlike its world
         assert 0.3 < latents.std() < 3      # scaled as the denoiser wants them

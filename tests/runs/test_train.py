@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from finetune.artifact import read_tensors, write_safetensors
+from finetune.families.base import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,6 +138,25 @@ def test_a_file_that_is_not_what_was_trained_is_refused(recipe, train, tmp_path,
     assert sorted(p.name for p in (tmp_path / "run" / "adapter").iterdir()) == ["small.refused", "verify.json"]
     monkeypatch.setattr(export, "write", real)
     assert train(recipe, tmp_path / "run") == 0
+
+
+def test_what_cannot_be_proven_does_not_keep_its_name(recipe, train, tmp_path, monkeypatch, capsys):
+    """The text encoder, which is loaded again for the proof, was changed on disk meanwhile."""
+    from finetune.train import export
+
+    shutil.copytree(TINY, tmp_path / "base")
+    real = export.write
+
+    def write(*args):
+        file = tmp_path / "base" / "text_encoder" / "model.safetensors"
+        write_safetensors(file, {name: t + 1 for name, t in read_tensors(file).items()}, {"format": "pt"})
+        return real(*args)
+
+    monkeypatch.setattr(export, "write", write)
+    assert train(recipe, tmp_path / "run", "--set", f"base.path={tmp_path / 'base'}") == 2
+    said = capsys.readouterr().err
+    assert "the weights of its text are others than at the start" in said and "small.refused" in said
+    assert [p.name for p in (tmp_path / "run" / "adapter").iterdir()] == ["small.refused"]
 
 
 def test_a_start_that_was_killed_before_it_was_a_run_can_be_repeated(recipe, train, tmp_path):
