@@ -2,6 +2,9 @@
 
 import json
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +68,21 @@ def train(monkeypatch):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    return call
+
+
+@pytest.fixture
+def train_by_two():
+    """The same in two processes of `accelerate launch`, which have to end well: (recipe, run folder, *arguments)."""
+    def call(recipe: Path, run: Path, *arguments: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                   "--main_process_port", str(port), "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "finetune",
+                   "train", str(recipe), "--run", str(run), *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
 
     return call
 

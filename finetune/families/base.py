@@ -164,17 +164,6 @@ class Parts(dict):
         return part
 
 
-def sketched(cls: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.Module:
-    """A part from its config alone: in no time and without memory inside a FakeTensorMode."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        part = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
-        return part.requires_grad_(False).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
 def load(outline: Callable, path: str, dtype: torch.dtype = torch.float32, revision: str | None = None,
          variant: str | None = None, changes: Changes = Changes()):
     """The family over the base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is
@@ -187,8 +176,15 @@ def load(outline: Callable, path: str, dtype: torch.dtype = torch.float32, revis
 
 def sketch(family, dtype: torch.dtype) -> None:
     """Give an outline its parts from their configs alone; inside a FakeTensorMode they have shapes and no numbers."""
-    family.parts |= {part: sketched(kind, family.source.config(family.spec.components[part]), dtype)
-                     for part, kind in family.kinds.items()}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for part, cls in family.kinds.items():
+            config = family.source.config(family.spec.components[part])
+            made = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
+            family.parts[part] = made.requires_grad_(False).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def tokenizer(spec: FamilySpec, part: str) -> str:

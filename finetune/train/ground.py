@@ -153,14 +153,13 @@ def found(recipe: Recipe, role: Role, say: Say, quiet: bool) -> Index | None:
     return build(sources, reading(recipe), masks, say, quiet, field, holes, data.condition) if sources else None
 
 
-def usable(index: Index, recipe: Recipe, say: Say, captions: Captions | None = None) -> Index:
+def usable(index: Index, recipe: Recipe, say: Say, captions: Captions) -> Index:
     """The index, if training can do with what is noted of it. What the recipe allows to be left out is said; raises
     FinetuneError for the rest, and for pictures without a caption."""
     for note in index.notes:
         if note.fatal and not fatal(note, recipe):
             say(f"skipped   {note.name}: {note.text}")
-    encode.refuse([note for note in index.notes if fatal(note, recipe)]
-                  + (encode.check_captions(index, captions) if captions else []))
+    encode.refuse([note for note in index.notes if fatal(note, recipe)] + encode.check_captions(index, captions))
     return index
 
 

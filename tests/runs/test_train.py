@@ -1,10 +1,7 @@
 """Real training on the tiny base: what comes out, and that nothing beside the recipe changes it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,17 +79,12 @@ def test_a_diverged_run_writes_no_adapter(recipe, train, tmp_path, capsys):
     assert not list((tmp_path / "run" / "adapter").iterdir())
 
 
-def test_two_processes_train_the_same_as_one(recipe, train, tmp_path):
+def test_two_processes_train_the_same_as_one(recipe, train, train_by_two, tmp_path):
     plain = settings(method__dropout=0, train__max_steps=4)
     one = [*plain, *settings(train__batch_size=4, train__gradient_accumulation=1)]
     assert train(recipe, tmp_path / "one", *one) == 0
     two = [*plain, *settings(train__batch_size=2, train__gradient_accumulation=1)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "finetune", "train", str(recipe),
-               "--run", str(tmp_path / "two"), *two]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "MASTER_PORT": "29517"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_by_two(recipe, tmp_path / "two", *two)
     assert relative(adapter(tmp_path / "two"), adapter(tmp_path / "one")) <= 1e-5
 
 
