@@ -143,8 +143,8 @@ class RunFolder:
         with self._writing():
             for folder in self._folders():
                 folder.mkdir(parents=True, exist_ok=True)
-                for torn in folder.glob(".*.part"):         # what a kill left; a torn checkpoint is a folder
-                    shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+            for torn in sorted(self.root.rglob(".*.part")):     # what a kill left; a torn checkpoint is a folder
+                shutil.rmtree(torn) if torn.is_dir() else torn.unlink(missing_ok=True)
             self.check_writable()
         self.check_room(needed_bytes)
         said, self._pending = self._pending or [], None

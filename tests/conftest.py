@@ -89,7 +89,7 @@ def train_by_two():
 
 @pytest.fixture(scope="session")
 def member(tmp_path_factory):
-    """A known model with its real blocks and names, but narrow, with random weights and the tiny base's words: name → folder."""
+    """A known model with its real blocks and names, but narrow, random and with the tiny base's words: name → folder."""
     made = {}
 
     def make(name: str) -> Path:
@@ -128,7 +128,8 @@ def build_member(name: str, folder: Path) -> Path:
     if name == "sdxl":
         parts["unet"] |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 64,
                           "transformer_layers_per_block": [1, 1, 2]}
-    parts["vae"] |= {"block_out_channels": [16, 16, 32, 32][-len(parts["vae"]["block_out_channels"]):], "norm_num_groups": 8, "sample_size": 64}
+    parts["vae"] |= {"block_out_channels": [16, 16, 32, 32][-len(parts["vae"]["block_out_channels"]):], "norm_num_groups": 8,
+                     "sample_size": 64}
     torch.manual_seed(0)
     made = {denoiser: getattr(diffusers, parts["model_index"][denoiser][1]).from_config(parts[denoiser]),
             "vae": diffusers.AutoencoderKL.from_config(parts["vae"]),
@@ -182,7 +183,8 @@ def streamed():
     from finetune.data.pictures import Reading
     from finetune.data.sources import Source
 
-    def make(folder, resolution=16, step=None, size=4, seed=0, template="{text}", dropout=0.0, repeats=1, masks=None, **changes):
+    def make(folder, resolution=16, step=None, size=4, seed=0, template="{text}", dropout=0.0, repeats=1, masks=None,
+             **changes):
         index = build([Source(str(folder), repeats=repeats)], Reading(), masks, lambda line: None, True)
         assert not [note for note in index.notes if note.fatal], index.notes
         known = sizes(resolution, step) if step else np.array([[resolution] * 2])

@@ -135,7 +135,7 @@ def test_its_names_are_those_of_the_published_layout_and_always_the_same(install
     again.install(load())
     assert list(method.parameters()) == list(again.parameters())
     assert all(torch.equal(p, again.parameters()[name]) for name, p in method.parameters().items())
-    for name in method.parameters() if method.kind != "embedding" else ():      # a file of each token, and a name of our own here
+    for name in method.parameters() if method.kind != "embedding" else ():      # of each token a file, and a name here
         part, path = name.rpartition(".")[0].split(".", 1)
         assert families.weight(family.parts, part, path) is not None
         assert part != "text" or path.startswith("text_model.")

@@ -40,7 +40,8 @@ def test_a_run_is_proven_and_goes_on_bit_for_bit(coloured, train, tmp_path, meth
     tokens = {f"colour-{colour}" for colour in ("red", "orange", "yellow", "green", "cyan", "blue", "purple")} | {"sks-disc"}
     assert {name.removesuffix(".safetensors") for name in files} == tokens | ({"small"} if len(methods) > 1 else set())
     proof = json.loads((whole / "adapter" / "verify.json").read_text())["sks-disc.safetensors"]
-    assert [check["name"] for check in proof] == ["metadata", "finite", "not zero", "fits the base", "length", "moved", "prompts in diffusers", "tools"]
+    assert [check["name"] for check in proof] == ["metadata", "finite", "not zero", "fits the base", "length", "moved",
+                                                  "prompts in diffusers", "tools"]
     assert len(files["colour-red.safetensors"]) < 10_000
     assert read_tensors(whole / "adapter" / "sks-disc.safetensors")["emb_params"].shape == (2, 128)
 
@@ -53,7 +54,8 @@ def test_a_run_is_proven_and_goes_on_bit_for_bit(coloured, train, tmp_path, meth
 
 
 def test_a_token_that_no_caption_names_is_refused(coloured, train, tmp_path, capsys):
-    for template, why in (('"a {colour} disc"', "sks-disc is in no caption"), ("a sks-disc", "purple and 2 more are in no caption")):
+    for template, why in (('"a {colour} disc"', "sks-disc is in no caption"),
+                          ("a sks-disc", "purple and 2 more are in no caption")):
         assert train(coloured, tmp_path / "run", *words(TOKEN, **{"data.caption.template": template})) == 2
         assert "method.tokens: " in (said := capsys.readouterr().err) and why in said
     assert train(coloured, tmp_path / "run", *words({"kind": "embedding", "tokens": {"shape": "per_value"}})) == 2

@@ -94,7 +94,8 @@ def test_every_shipped_recipe_trains_two_steps(path, train, tmp_path, pictures, 
 
     first = path.read_text().splitlines()[0]
     assert first.startswith(f"# accelerate launch -m finetune train recipes/{path.name}")
-    bases = {"sd21": "sd21", "sdxl": "sdxl", "sd3": "sd3-medium", "sd15_inpainting": "sd15-inpainting", "upscaler": "x4-upscaler"}
+    bases = {"sd21": "sd21", "sdxl": "sdxl", "sd3": "sd3-medium", "sd15_inpainting": "sd15-inpainting",
+             "upscaler": "x4-upscaler"}
     base = next((member(name) for start, name in bases.items() if path.stem.startswith(start)), "tiny")
     recipe = load(path).recipe
     assert (recipe.base.family == "sd1" and not recipe.data.inpaint) == (base == "tiny")
@@ -154,8 +155,12 @@ def test_what_cannot_be_proven_does_not_keep_its_name(recipe, train, tmp_path, m
 def test_a_start_that_was_killed_before_it_was_a_run_can_be_repeated(recipe, train, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "log.txt").write_text("base tiny\n")
-    (tmp_path / "run" / ".run.json.part").write_text('{"exa')
+    for torn in (".run.json.1.part", "adapter/best/.small.safetensors.1.part",
+                 "checkpoints/.step-00000002.part/.manifest.json.1.part"):
+        (tmp_path / "run" / torn).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / torn).write_text('{"exa')
     assert train(recipe, tmp_path / "run") == 0
+    assert not list((tmp_path / "run").rglob("*.part"))
 
 
 def test_encoders_are_let_go_for_the_steps(recipe, tmp_path, train, monkeypatch):

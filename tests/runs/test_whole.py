@@ -148,7 +148,8 @@ def test_a_tuned_vae_is_one_that_plain_diffusers_loads_and_every_command_uses(re
     file = tmp_path / "merged.safetensors"
     assert main([*merge, str(kohya), "--out", str(file)]) == 0
     assert torch.equal(verify.drawn(AutoencoderKL.from_single_file(str(file), config=str(TINY / "vae")).eval()), wanted)
-    assert main(["sample", "--base", str(file), "--prompt", "x", "--out", str(tmp_path)]) == 2      # no published model is so thin
+    assert main(["sample", "--base", str(file), "--prompt", "x",
+                 "--out", str(tmp_path)]) == 2      # no published model is so thin
     assert main(["sample", "--base", "tiny", "--adapter", str(plain), "--prompt", "a red circle", "--steps", "1",
                  "--out", str(tmp_path / "pictures")]) == 0
     assert main(["verify", str(kohya), "--base", "tiny"]) == 0
