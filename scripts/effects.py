@@ -175,10 +175,12 @@ def followed(run: Path) -> Shares:
 
 
 def found(picture: Image.Image) -> tuple[int, ...] | None:
-    """The box of all that is unlike the picture's border."""
+    """The box of all that is unlike the picture's border. Its two outer pixels do not count: the VAE draws specks there, and
+    no thing is there."""
     rgb = np.array(picture).astype(int)
     border = np.median(np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]]), axis=0)
-    return Image.fromarray(np.abs(rgb - border).max(2) > 40).getbbox()
+    box = Image.fromarray(np.abs(rgb - border).max(2)[2:-2, 2:-2] > 40).getbbox()
+    return box and tuple(side + 2 for side in box)
 
 
 def overlap(one: tuple[int, ...] | None, other: tuple[int, ...]) -> float:
