@@ -102,11 +102,11 @@ def shown(recipe: Recipe, family) -> str | None:
                             "add data.inpaint: {masks: random}")
     if recipe.data.condition and shows:
         raise FinetuneError("method.kind: control is for bases that are shown nothing beside noisy latents, and this one is")
-    shows = "condition" if recipe.data.condition else shows
     if shows and recipe.every.preview:
-        how = {"hole": "--image makes with --mask", "small": "--image makes with --upscale", "condition": "--condition makes"}
+        how = {"hole": "--image makes with --mask", "small": "--image makes with --upscale"}
         raise FinetuneError("every.preview: this base paints nothing from a prompt alone; set it to 0 and look at what "
                             f"finetune sample {how[shows]}")
+    shows = "condition" if recipe.data.condition else shows
     if shows in ("small", "condition") and recipe.data.caption.long == "chunk":    # what they see instead is not masked
         raise FinetuneError("data.caption.long: an upscaler's layers, and a control branch's, cannot leave out what fills "
                             "shorter captions up; truncate instead of chunk, or shorten the captions")
