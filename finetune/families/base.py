@@ -284,7 +284,7 @@ def kind_of(source: Source) -> str:
     if name == "StableDiffusionUpscalePipeline":
         return "upscaler"
     channels, width = unet.get("in_channels", 4), unet.get("cross_attention_dim")
-    if xl and (width == 1280 or "text_encoder" in source.index and not source.has("text_encoder")):
+    if xl and (width == 1280 or source.index.get("text_encoder") == [None, None]):
         return "the refiner of SDXL, which only ends what its base began"
     if channels not in (4, 9) or unet.get("class_embed_type") or unet.get("num_class_embeds"):
         return f"a variant of Stable Diffusion with {channels} input channels (depth, upscaling, …)"
