@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from finetune import device
 from finetune.artifact import read_tensors, write_safetensors
 from finetune.errors import FinetuneError
 from finetune.families._merging import merge, merged, misfits, weight
@@ -329,12 +330,15 @@ def publish_text_encoder(folder: Path) -> None:
 
 
 def fingerprint(parts: dict[str, nn.Module]) -> str:
-    """SHA-256 over every weight of the base: what it is, wherever it lies."""
-    whole = hashlib.sha256()
+    """SHA-256 over every weight of the base: what it is, wherever it lies. What was read of mapped files is let go on the way."""
+    whole, read = hashlib.sha256(), 0
     for part, module in sorted(parts.items()):
         for name, tensor in sorted(module.state_dict().items()):
             whole.update(f"{part}.{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            if (read := read + tensor.nbytes) >= 2**28:
+                device.spare_memory()
+                read = 0
     return whole.hexdigest()
 
 

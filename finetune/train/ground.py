@@ -66,6 +66,7 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
         if name != "denoiser":      # it follows when the encoders have made room
             part.to(accelerator.device)
     weights = {name: families.fingerprint({name: part}) for name, part in family.parts.items()}
+    device.spare_memory()       # the denoiser was read, and is not needed before the encoders are done
     size = recipe.train.batch_size * recipe.train.gradient_accumulation * accelerator.num_processes
     learned = learned_words(recipe, index)
     learn = partial(stream, recipe, stride, size, stands=learned.stands, shows=shows)

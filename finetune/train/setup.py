@@ -108,6 +108,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     if method.objective == "denoise":       # to decode, pictures are wanted themselves
         base = ground.encoded(base, method.trains, train.max_steps, accelerator, Cache(cache.home(), say))
     ground.let_go(recipe, base, method.trains)
+    device.spare_memory()
     for part in family.parts.values():
         part.to(accelerator.device)
     loader = Loader(base.streams, train.batch_size, train.gradient_accumulation, accelerator.process_index,
