@@ -269,8 +269,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "datasets")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for rows in (style, style_held_out, subject, subject_class, thing, attributes, texture, texture_held_out, layout,
-                 layout_boxes):
+    for rows in (style, style_held_out, subject, subject_class, thing, attributes, texture, texture_held_out, layout, layout_boxes):
         name = rows.__name__
         folder = args.out / name
         shutil.rmtree(folder, ignore_errors=True)

@@ -217,5 +217,4 @@ def named(words, key: str = ""):
         return {key: named(own, key) for key, own in words.items()}
     if isinstance(words, list):
         return [named(own, key) for own in words]
-    places = ("path", "images", "files", "source", "condition", "start_from")
-    return _name(words) if isinstance(words, str) and key in places else words
+    return _name(words) if isinstance(words, str) and key in ("path", "images", "files", "source", "condition", "start_from") else words

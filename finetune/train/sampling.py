@@ -139,8 +139,7 @@ def _pictures(pipeline, jobs: list[Job]) -> dict:
     if first.size and "height" in known:        # otherwise the size is the image's
         options = {"height": first.size[0], "width": first.size[1]}
     if first.condition:
-        seen = [_read(pictures.read, job.condition) for job in jobs]
-        options["image"] = [cut(image, plan_crop(*image.size, job.size)) for image, job in zip(seen, jobs)]
+        options["image"] = [cut(image := _read(pictures.read, job.condition), plan_crop(*image.size, job.size)) for job in jobs]
     if first.image:
         cuts = [_cut(job) for job in jobs]
         options |= {"image": [image for image, _ in cuts]} | ({} if first.upscale else {"strength": first.change})
