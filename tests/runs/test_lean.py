@@ -56,9 +56,14 @@ def test_a_product_by_onednn_is_the_same_but_for_rounding(layer, shape):
     assert ours == 0 and not (torch.equal(y, our_y) and torch.equal(dx, our_dx))      # else it was not ours
 
 
-def test_what_is_trained_is_left_to_torch():
+def test_what_is_trained_is_left_to_torch_and_so_is_what_passes_no_gradient():
     linear, conv = nn.Linear(640, 640), nn.Conv2d(256, 256, 3, padding=1)
+    frozen, x = nn.Linear(640, 640).requires_grad_(False), torch.randn(4, 640)
+    plain = frozen(x)
     with lean.lean():
+        assert torch.equal(frozen(x), plain)
+        with torch.no_grad():
+            assert torch.equal(frozen(x.clone().requires_grad_()), plain)
         linear(torch.randn(4, 640)).sum().backward()
         conv(torch.randn(1, 256, 4, 4)).sum().backward()
     assert linear.weight.grad.any() and conv.weight.grad.any() and conv.bias.grad.any()
