@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from torch import nn
 
+from finetune.errors import FinetuneError
 from finetune.train import lean
 
 
@@ -68,6 +69,16 @@ def test_what_is_trained_is_left_to_torch_and_so_is_what_passes_no_gradient():
         conv(torch.randn(1, 256, 4, 4)).sum().backward()
     assert linear.weight.grad.any() and conv.weight.grad.any() and conv.bias.grad.any()
     assert F.linear is lean.LINEAR and F.conv2d is lean.CONV2D and GEGLU.forward is lean.GATED
+
+
+def test_the_plan_knows_what_is_not_kept(recipe):
+    from finetune.recipe import load
+    from finetune.train.plan import needs
+
+    less, more = (needs(load(recipe, [f"train.lean={word}"]).recipe).phases["training"] for word in ("true", "false"))
+    assert less < more == needs(load(recipe, ["train.compile=true"]).recipe).phases["training"]
+    with pytest.raises(FinetuneError, match="train.lean: what is compiled decides by itself"):
+        load(recipe, ["train.compile=true", "train.lean=true"])
 
 
 @pytest.mark.gpu
