@@ -15,8 +15,8 @@ from finetune.errors import FinetuneError
 from finetune.families import _original, _single
 from finetune.families._identify import LAYOUTS, Known, identify
 
-FAMILIES = {"sd15": "sd1", "sd15-inpainting": "sd1", "sd21-base": "sd2", "sd21": "sd2", "sdxl": "sdxl",
-            "sd3-medium": "sd3", "sd35-medium": "sd3", "sd35-large": "sd3"}
+FAMILIES = {"sd15": "sd1", "sd15-inpainting": "sd1", "sd21-base": "sd2", "sd21": "sd2", "sd2-inpainting": "sd2", "sdxl": "sdxl",
+            "sdxl-inpainting": "sdxl", "sd3-medium": "sd3", "sd35-medium": "sd3", "sd35-large": "sd3"}
 TINY = ["sd15", "sd15-inpainting", "sd21", "sdxl", "sd3-medium", "sd35-medium"]
 
 
@@ -32,8 +32,8 @@ def shrunk(name: str) -> dict[str, dict]:
     for component, config in found.items():
         if component == "unet":
             config |= {"block_out_channels": [8, 16, 24, 24][:len(config["block_out_channels"])],
-                       "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 20 if name == "sdxl" else 8,
-                       "projection_class_embeddings_input_dim": 20 if name == "sdxl" else None, "addition_time_embed_dim": 2}
+                       "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 20 if name.startswith("sdxl") else 8,
+                       "projection_class_embeddings_input_dim": 20 if name.startswith("sdxl") else None, "addition_time_embed_dim": 2}
         elif component == "transformer":
             heads = 2
             config |= {"num_attention_heads": heads, "attention_head_dim": 4, "caption_projection_dim": 4 * heads,
@@ -132,7 +132,8 @@ def test_diffusers_reads_the_same(member):
 # name: the tensors of its denoiser, VAE and text encoders in the original file, and the parameters of the denoiser
 REAL = {
     "sd15": ([686, 248, 196], 859_520_964), "sd15-inpainting": ([686, 248, 196], 859_535_364),
-    "sd21": ([686, 248, 280], 865_910_724), "sdxl": ([1680, 248, 196, 389], 2_567_463_684),
+    "sd21": ([686, 248, 280], 865_910_724), "sd2-inpainting": ([686, 248, 280], 865_925_124),
+    "sdxl": ([1680, 248, 196, 389], 2_567_463_684), "sdxl-inpainting": ([1680, 248, 196, 389], 2_567_478_084),
     "sd3-medium": ([491, 244, 196, 517, 219], 2_028_328_000), "sd35-medium": ([665, 244, 196, 517, 219], 2_243_171_520),
     "sd35-large": ([923, 244, 196, 517, 219], 8_056_627_520),
 }
