@@ -14,6 +14,8 @@ from torch.nn.functional import relu
 
 from finetune.device import exact
 
+OF_HINGE = 0.01     # how much it counts: to Adam it is all the same, but of 1 the clip and the log would see nothing else
+
 
 @dataclass(frozen=True)
 class Adversary:
@@ -23,9 +25,9 @@ class Adversary:
 
     def __call__(self, drawn: Tensor, x: Tensor, cost: Tensor, position: int) -> Tensor:
         """(B,) what is added to each picture's `cost`. Its gradient for `drawn` is `weight` times as long as that of the
-        cost, or 0 before the start; its gradient for the network is that of the hinge loss (Lim & Ye 2017)."""
+        cost, or 0 before the start; its gradient for the network is that of a share of the hinge loss (Lim & Ye 2017)."""
         with exact(x):
-            told = (relu(1 - self.network(x)) + relu(1 + self.network(drawn.detach()))).mean(dim=(1, 2, 3)) / 2
+            told = OF_HINGE / 2 * (relu(1 - self.network(x)) + relu(1 + self.network(drawn.detach()))).mean(dim=(1, 2, 3))
             if position < self.start:
                 return told
             resting = {name: p.detach() for name, p in self.network.named_parameters()}

@@ -38,7 +38,7 @@ RUNS = {
     "full in bfloat16, gradients released": [*FULL, *COARSE, "--set", "train.gradient_release=true"],
     "full with ema": [*FULL, "--set", "train.ema={decay: 0.5}"],
     "vae_decoder": VAE,
-    "vae_decoder with encoder, ema and adversary": [*JUDGED, "--set", "train.ema={decay: 0.5}", "--set", "method.encoder=true"],
+    "vae_decoder with all": [*JUDGED, "--set", "train.ema={decay: 0.5}", "--set", "method.encoder=true"],
 }
 
 
