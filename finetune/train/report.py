@@ -152,8 +152,9 @@ def cards(recipe: Recipe, steps: list[dict], proof: dict, folder: Path) -> dict[
     if not steps:
         return {"steps": f"0 of {recipe.train.max_steps:,}"}
     files = sorted((folder / "adapter").glob("*.safetensors"))
+    losses = [line["loss"] for line in steps if line["loss"] is not None]       # None: every step of that line was skipped
     found = {"steps": f"{steps[-1]['step']:,} of {recipe.train.max_steps:,}",
-             "loss": f"{steps[0]['loss']:.4g} → {steps[-1]['loss']:.4g}",
+             "loss": f"{losses[0]:.4g} → {losses[-1]:.4g}" if losses else "not finite",
              "speed": f"{statistics.median(line['images_per_second'] for line in steps):.3g} pictures/s",
              "memory": f"{max(line['memory_mb'] for line in steps):,} MB"}
     if files:
