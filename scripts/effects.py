@@ -116,14 +116,15 @@ def scenes(who: str) -> list[str]:
     return [FORMS[i % 3].format(who=who, ground=ground) for i, ground in enumerate(GROUNDS)]
 
 
-def recognised(run: Path, who: str = "an orange zwx creature") -> Shares:
-    found = creatures.read(creatures.trained()[0], pictures(run, "subject", scenes(who), files(run)))
-    return {"recognised": found.count("zwx") / COUNT}
+def recognised(run: Path, who: str = "an orange zwx creature", name: str = "zwx") -> Shares:
+    """`who` is what the prompts say, `name` the creature of drawings.py."""
+    found = creatures.read(creatures.trained(name)[0], pictures(run, "subject", scenes(who), files(run)))
+    return {"recognised": found.count("the one") / COUNT}
 
 
-def subject(run: Path, who: str = "an orange zwx creature") -> Shares:
-    found = creatures.read(creatures.trained()[0], pictures(run, "class", scenes("a creature"), files(run)))
-    return recognised(run, who) | {"class stays plain": 1 - found.count("zwx") / COUNT}
+def subject(run: Path, who: str = "an orange zwx creature", name: str = "zwx") -> Shares:
+    found = creatures.read(creatures.trained(name)[0], pictures(run, "class", scenes("a creature"), files(run)))
+    return recognised(run, who, name) | {"class stays plain": 1 - found.count("the one") / COUNT}
 
 
 def thing(run: Path) -> Shares:

@@ -64,7 +64,7 @@ class Run:
 
 
 def accelerate(recipe: Recipe, folder: RunFolder | None = None) -> Accelerator:
-    """The recipe wins over `accelerate config` and its environment variables. Without a run's folder there is nothing to track."""
+    """The recipe wins over `accelerate config` and its environment variables. Without a run's folder nothing is tracked."""
     tracked = list(recipe.train.trackers) if folder else []
     trackers.check(tracked)
     try:
@@ -108,6 +108,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     if method.objective == "denoise":       # to decode, pictures are wanted themselves
         base = ground.encoded(base, method.trains, train.max_steps, accelerator, Cache(cache.home(), say))
     ground.let_go(recipe, base, method.trains)
+    device.spare_memory()
     for part in family.parts.values():
         part.to(accelerator.device)
     loader = Loader(base.streams, train.batch_size, train.gradient_accumulation, accelerator.process_index,
@@ -136,8 +137,8 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     if any(getattr(words, "encoder", False) for words in recipe.method):
         say("note: the encoder is trained too, so latents change: a denoiser that was trained on the old ones will not fit")
     judge = Judge(recipe, base.streams[0].index) if recipe.preview.metrics and accelerator.is_main_process else None
-    return Run(recipe, folder, accelerator, family, method, objective, loader, base.validation, parameters, model, optimizer, ema,
-               identity, say, judge)
+    return Run(recipe, folder, accelerator, family, method, objective, loader, base.validation, parameters, model, optimizer,
+               ema, identity, say, judge)
 
 
 def install(recipe: Recipe, base: ground.Ground) -> Together:
