@@ -47,7 +47,7 @@ class Sd3:
     shows = None                            # what it is shown beside noisy latents: nothing
     learned: Learned | None = None          # the tokens that were added to the CLIPs' own; T5 reads their names
     vae_config, stride = cached_property(_latents.config), cached_property(_latents.stride)
-    moments, latents, decode_latents = _latents.moments, _latents.sample, _latents.decode
+    moments, latents = _latents.moments, _latents.sample
     pieces, sketch, save = _clip.pieces, sketch, save
 
     def __init__(self, source: Source, parts: dict[str, nn.Module], tokenizers: dict[str, object], scheduler):
@@ -124,7 +124,8 @@ class Sd3:
 
         clip = transformers.CLIPTextModelWithProjection
         t5 = {"text_3": transformers.T5EncoderModel} if "text_3" in self.tokenizers else {}
-        return {"denoiser": diffusers.SD3Transformer2DModel, "text": clip, "text_2": clip, **t5, "vae": diffusers.AutoencoderKL}
+        return {"denoiser": diffusers.SD3Transformer2DModel, "text": clip, "text_2": clip, **t5,
+                "vae": diffusers.AutoencoderKL}
 
     def load_part(self, part: str, dtype: torch.dtype) -> nn.Module:
         """A part as the source has it."""
@@ -157,8 +158,8 @@ class Sd3:
 def noising(config) -> RectifiedFlow:
     """The path that a scheduler config describes. Raises FinetuneError for one that is not known here."""
     if "shift" not in config or config.get("use_dynamic_shifting") or config.num_train_timesteps != 1000:
-        raise FinetuneError("base.path: its scheduler is not that of Stable Diffusion 3, which has 1000 steps of rectified flow "
-                            "and one shift for all sizes (use_dynamic_shifting: false)")
+        raise FinetuneError("base.path: its scheduler is not that of Stable Diffusion 3, which has 1000 steps of rectified "
+                            "flow and one shift for all sizes (use_dynamic_shifting: false)")
     return RectifiedFlow(config.shift)
 
 
