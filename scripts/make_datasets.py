@@ -227,9 +227,8 @@ def texture_held_out(rng: random.Random) -> Iterator[Row]:
 
 
 def laid_out(rng: random.Random, i: int) -> world.Scene:
-    """A thing anywhere in the picture, of any size."""
-    scene = world.random_scene(rng, two=0, shape=SHAPES[i % 8], colour=COLOURS[(i + i // 8) % 8],
-                               background=BACKGROUNDS[(3 * i + i // 8) % 8])
+    """A thing anywhere in the picture, of any size; its colour follows from nothing that the caption says."""
+    scene = world.random_scene(rng, two=0, shape=SHAPES[i % 8], colour=COLOURS[i // 8 % 8])
     radius = rng.uniform(9, 18)
     x, y = (rng.uniform(2 + 1.15 * radius, 62 - 1.15 * radius) for _ in "xy")
     return replace(scene, things=(replace(scene.things[0], x=x, y=y, radius=radius, angle=0.0),))
@@ -266,7 +265,7 @@ def layout(rng: random.Random) -> Iterator[Row]:
     method: {kind: control}
     ```
     """
-    for i in range(128):
+    for i in range(256):
         scene = laid_out(rng, i)
         yield world.draw(scene), {"text": layout_caption(scene)}
 
@@ -279,7 +278,7 @@ def layout_boxes(rng: random.Random) -> Iterator[Row]:
     **How to use.** As `data.condition` of a run on `datasets/layout`.
     """
     rng.seed("layout 0")
-    for i in range(128):
+    for i in range(256):
         scene = laid_out(rng, i)
         yield boxed(scene), {"text": layout_caption(scene)}
 

@@ -99,7 +99,8 @@ ROWS = {
     "embedding per value": Row("attributes", "tiny_attributes", combined, {"shape and colour right": 0.80}, most_bytes=10_000),
     "control": Row("layout", "tiny_control", followed, {"all three right": 0.80},
                    remark="The caption says shape and background; the colour, the place and the size are those of a box that only "
-                   "the branch sees."),
+                   "the branch sees, and follow from nothing else. Truth is the scenes as drawn, through the VAE: the most that "
+                   "can be. No setting was chosen on these scenes."),
     "vae_decoder": Row("texture", "tiny_vae_decoder", redrawn, {"textures dB": 1.5, "textures SSIM": 0.0, "plain dB": -0.2},
                        remark=TEXTURED),
     "vae_decoder, encoder too": Row("texture", "tiny_vae_decoder", redrawn, {}, ("method.encoder=true",)),

@@ -43,7 +43,8 @@ def test_no_bundled_picture_is_a_copy_of_another(name):
 def test_bundled_pictures_that_were_compressed_or_halved_are_found(tmp_path):
     missed = {"half.png": 0, "50.jpg": 0, "75.jpg": 0}
     # Not threads of one pixel, which a JPEG blurs, and not the boxes, of which nothing is learned.
-    files = sorted(file for file in DATASETS.glob("*/*.png") if file.parent.name.partition("_")[0] not in ("texture", "layout"))
+    files = sorted(file for file in DATASETS.glob("*/*.png")
+                   if file.parent.name.partition("_")[0] not in ("texture", "layout"))
     for n, file in enumerate(files):
         picture = Image.open(file).convert("RGB")
         for what in missed:
