@@ -126,10 +126,8 @@ class Loss(Kind):
     """Of huber: constant, or snr, where c rises to 1 on clean pictures. constant if left out."""
 
 
-class Adversarial(BaseModel):
+class Adversarial(Fields):
     """A discriminator that learns to tell drawings from pictures, and from which the decoder learns to be taken for one."""
-
-    model_config = STRICT
 
     weight: Rate = 0.5
     """How much the decoder is moved by it, beside what all other terms move it."""
