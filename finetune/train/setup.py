@@ -143,8 +143,8 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     if any(getattr(words, "encoder", False) for words in recipe.method):
         say("note: the encoder is trained too, so latents change: a denoiser that was trained on the old ones will not fit")
     judge = Judge(recipe, base.streams[0].index) if recipe.preview.metrics and accelerator.is_main_process else None
-    return Run(recipe, folder, accelerator, family, method, objective, loader, base.validation, parameters | own, model, optimizer,
-               ema, identity, say, judge)
+    return Run(recipe, folder, accelerator, family, method, objective, loader, base.validation, parameters | own, model,
+               optimizer, ema, identity, say, judge)
 
 
 def install(recipe: Recipe, base: ground.Ground) -> Together:
