@@ -31,6 +31,7 @@ from finetune.recipe import Recipe
 from finetune.train import ground
 from finetune.train.lean import lean, wanted
 from finetune.train.release import released
+from finetune.train.sampling import previews
 from finetune.train.together import Together
 
 STATE = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "lion": 4, "lion8bit": 1 + 4 / 256, "adafactor": 0, "prodigy": 16,
@@ -169,7 +170,7 @@ def needs(recipe: Recipe) -> Need:
         stepping = [p.nbytes + 8 * p.numel() * (p.dtype == torch.bfloat16) for p in parameters]     # bfloat16 steps in float32
         phases["optimizer step"] = held + copy + (max if recipe.train.gradient_release else sum)(stepping)
         if recipe.every.preview and denoises:
-            n = min(AT_ONCE, len(recipe.preview.prompts) * len(recipe.preview.seeds))
+            n = min(AT_ONCE, len(previews(recipe)))
             guided = 2 if recipe.preview.guidance > 1 else 1
             with torch.no_grad():
                 sampled = live.over(lambda: denoise(family, n * guided, h, w))
