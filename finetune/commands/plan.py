@@ -43,6 +43,7 @@ def plan(recipe: str, overrides: list[str], room: int) -> dict:
 
     from finetune import device
     from finetune.recipe import load
+    from finetune.train.lean import wanted
     from finetune.train.plan import LEVERS, needs
 
     def need(levers: list[str]):
@@ -51,7 +52,7 @@ def plan(recipe: str, overrides: list[str], room: int) -> dict:
     plain, saves = need([]), {}
     now = load(recipe, overrides).recipe
     idle = {"base.quantize=int8": bool(now.base.quantize), "base.quantize=nf4": bool(now.base.quantize),
-            "train.gradient_checkpointing=true": now.train.gradient_checkpointing,
+            "train.lean=true": wanted(now.train, device.best()), "train.gradient_checkpointing=true": now.train.gradient_checkpointing,
             "train.batch_size=1": now.train.batch_size == 1, "base.dtype=bfloat16": now.base.dtype != "float32",
             "train.optimizer=adamw8bit": now.train.optimizer.endswith("8bit"),
             "every.preview=0": not now.every.preview, "data.crop=center": now.data.crop != "random"}

@@ -103,8 +103,10 @@ def _train(loaded, args, folder, deadline: float) -> int:
 
 def hand_over(run) -> None:
     """Write what was trained, prove it, and say so."""
+    from finetune import device
     from finetune.train import export, reconstruction, verify
 
+    device.spare_memory()       # of the steps: the proof loads parts again
     paths = export.write(run.method.export(export.metadata(run)), run.folder, run.recipe.export, run.family)
     proof = export.prove(run, paths)
     for path in paths:

@@ -14,7 +14,7 @@ from finetune.batch import Conditioning, joined
 from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
 from finetune.families import _beside, _clip, _control, _latents
-from finetune.families._altered import altered
+from finetune.families._altered import altered, check_widths
 from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
@@ -192,5 +192,7 @@ def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | 
     source = locate(path, revision, variant)
     check_family(source, spec, registry.names("families"))
     source = altered(source, spec, changes)
-    return UNetFamily(spec, text, source, {}, {part: source.tokenizer(tokenizer(spec, part)) for part in text},
-                      source.scheduler(), source.scheduler("low_res_scheduler") if spec.name == "upscaler" else None)
+    words = {part: source.tokenizer(tokenizer(spec, part)) for part in text}
+    check_widths(source, spec)
+    return UNetFamily(spec, text, source, {}, words, source.scheduler(),
+                      source.scheduler("low_res_scheduler") if spec.name == "upscaler" else None)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from finetune import device
 from finetune.artifact import read_tensors, write_safetensors
 from finetune.errors import FinetuneError
 from finetune.families._merging import merge, merged, misfits, weight
@@ -284,7 +285,7 @@ def kind_of(source: Source) -> str:
     if name == "StableDiffusionUpscalePipeline":
         return "upscaler"
     channels, width = unet.get("in_channels", 4), unet.get("cross_attention_dim")
-    if xl and (width == 1280 or "text_encoder" in source.index and not source.has("text_encoder")):
+    if xl and (width == 1280 or source.index.get("text_encoder") == [None, None]):
         return "the refiner of SDXL, which only ends what its base began"
     if channels not in (4, 9) or unet.get("class_embed_type") or unet.get("num_class_embeds"):
         return f"a variant of Stable Diffusion with {channels} input channels (depth, upscaling, …)"
@@ -329,12 +330,15 @@ def publish_text_encoder(folder: Path) -> None:
 
 
 def fingerprint(parts: dict[str, nn.Module]) -> str:
-    """SHA-256 over every weight of the base: what it is, wherever it lies."""
-    whole = hashlib.sha256()
+    """SHA-256 over every weight of the base: what it is, wherever it lies. What was read of mapped files is let go on the way."""
+    whole, read = hashlib.sha256(), 0
     for part, module in sorted(parts.items()):
         for name, tensor in sorted(module.state_dict().items()):
             whole.update(f"{part}.{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            if (read := read + tensor.nbytes) >= 2**28:
+                device.spare_memory()
+                read = 0
     return whole.hexdigest()
 
 

@@ -17,7 +17,7 @@ from finetune.diffusion.path import RectifiedFlow
 from finetune.errors import FinetuneError
 from finetune.families import _clip, _latents, base
 from finetune.families._clip import Clip
-from finetune.families._altered import altered
+from finetune.families._altered import altered, check_widths
 from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
 from finetune.tokens import Learned
 
@@ -169,7 +169,9 @@ def outline(path: str, revision: str | None = None, variant: str | None = None, 
     check_family(source, SPEC, registry.names("families"))
     source = altered(source, SPEC, changes)
     spoken = [*CLIPS, *(["text_3"] if source.has("text_encoder_3") and source.has("tokenizer_3") else [])]
-    return Sd3(source, {}, {part: source.tokenizer(tokenizer(SPEC, part)) for part in spoken}, source.scheduler())
+    words = {part: source.tokenizer(tokenizer(SPEC, part)) for part in spoken}
+    check_widths(source, SPEC)
+    return Sd3(source, {}, words, source.scheduler())
 
 
 load = partial(base.load, outline)

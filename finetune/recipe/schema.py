@@ -103,6 +103,8 @@ class Preview(Fields):
 
     prompts: Many[str] = ()
     """One row for each prompt and seed."""
+    conditions: Annotated[Many[Text], AfterValidator(different)] = ()
+    """Of the method control: pictures such as data.condition has; one row for each of them with each prompt and seed."""
     seeds: Some[Seed] = (0,)
     """Seeds that each prompt is sampled with."""
     strengths: Annotated[Some[Rate], AfterValidator(different)] = (1.0,)
@@ -189,11 +191,20 @@ class Recipe(Fields):
                              "with; leave one of the two out")
         return train
 
+    @field_validator("preview")
+    @classmethod
+    def _something_that_follows(cls, preview: Preview, info: ValidationInfo) -> Preview:
+        if preview.conditions and "method" in info.data and not ("control" in _kinds(info.data) and preview.prompts):
+            raise ValueError("conditions: are for the method control, and go with preview.prompts; leave them out")
+        return preview
+
     @field_validator("every")
     @classmethod
     def _something_to_look_at(cls, every: Every, info: ValidationInfo) -> Every:
         if every.preview and "preview" in info.data and not info.data["preview"].prompts:
             raise ValueError(f"preview: {every.preview} has nothing to sample: preview.prompts is empty")
+        if every.preview and "preview" in info.data and "control" in _kinds(info.data) and not info.data["preview"].conditions:
+            raise ValueError(f"preview: {every.preview} has nothing to follow: preview.conditions is empty")
         if not every.preview and "preview" in info.data and info.data["preview"].thumbnail:
             raise ValueError("preview.thumbnail is the first preview, and preview: 0 samples none")
         if every.validate and "data" in info.data and not info.data["data"].validation:

@@ -217,4 +217,5 @@ def named(words, key: str = ""):
         return {key: named(own, key) for key, own in words.items()}
     if isinstance(words, list):
         return [named(own, key) for own in words]
-    return _name(words) if isinstance(words, str) and key in ("path", "images", "files", "source", "condition", "start_from") else words
+    places = ("path", "images", "files", "source", "condition", "conditions", "start_from")
+    return _name(words) if isinstance(words, str) and key in places else words

@@ -66,6 +66,7 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
         if name != "denoiser":      # it follows when the encoders have made room
             part.to(accelerator.device)
     weights = {name: families.fingerprint({name: part}) for name, part in family.parts.items()}
+    device.spare_memory()       # the denoiser was read, and is not needed before the encoders are done
     size = recipe.train.batch_size * recipe.train.gradient_accumulation * accelerator.num_processes
     learned = learned_words(recipe, index)
     learn = partial(stream, recipe, stride, size, stands=learned.stands, shows=shows)
@@ -102,11 +103,11 @@ def shown(recipe: Recipe, family) -> str | None:
                             "add data.inpaint: {masks: random}")
     if recipe.data.condition and shows:
         raise FinetuneError("method.kind: control is for bases that are shown nothing beside noisy latents, and this one is")
-    shows = "condition" if recipe.data.condition else shows
     if shows and recipe.every.preview:
-        how = {"hole": "--image makes with --mask", "small": "--image makes with --upscale", "condition": "--condition makes"}
+        how = {"hole": "--image makes with --mask", "small": "--image makes with --upscale"}
         raise FinetuneError("every.preview: this base paints nothing from a prompt alone; set it to 0 and look at what "
                             f"finetune sample {how[shows]}")
+    shows = "condition" if recipe.data.condition else shows
     if shows in ("small", "condition") and recipe.data.caption.long == "chunk":    # what they see instead is not masked
         raise FinetuneError("data.caption.long: an upscaler's layers, and a control branch's, cannot leave out what fills "
                             "shorter captions up; truncate instead of chunk, or shorten the captions")

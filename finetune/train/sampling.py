@@ -77,10 +77,11 @@ def shrunk(height: int, width: int, side: int, step: int) -> tuple[int, int]:
 
 
 def previews(recipe: Recipe) -> list[Job]:
-    """A job for each prompt and seed of a run's previews."""
+    """A job for each prompt, condition and seed of a run's previews."""
     p = recipe.preview
-    return [Job(prompt=prompt, seed=seed, steps=p.steps, guidance=p.guidance, size=(recipe.data.resolution,) * 2)
-            for prompt in p.prompts for seed in p.seeds]
+    return [Job(prompt=prompt, condition=condition, seed=seed, steps=p.steps, guidance=p.guidance,
+                size=(recipe.data.resolution,) * 2)
+            for prompt in p.prompts for condition in p.conditions or (None,) for seed in p.seeds]
 
 
 def generate(pipeline, jobs: list[Job], batch: int = 8, say: str | None = None) -> Iterator[Image.Image]:
@@ -139,13 +140,19 @@ def _pictures(pipeline, jobs: list[Job]) -> dict:
     if first.size and "height" in known:        # otherwise the size is the image's
         options = {"height": first.size[0], "width": first.size[1]}
     if first.condition:
-        options["image"] = [cut(image := _read(pictures.read, job.condition), plan_crop(*image.size, job.size)) for job in jobs]
+        options["image"] = [followed(job) for job in jobs]
     if first.image:
         cuts = [_cut(job) for job in jobs]
         options |= {"image": [image for image, _ in cuts]} | ({} if first.upscale else {"strength": first.change})
         if first.mask:
             options["mask_image"] = [mask for _, mask in cuts]
     return options
+
+
+def followed(job: Job) -> Image.Image:
+    """A condition as its branch sees it. Raises FinetuneError for one that cannot be read."""
+    image = _read(pictures.read, job.condition)
+    return cut(image, plan_crop(*image.size, job.size))
 
 
 def _cut(job: Job) -> tuple[Image.Image, Image.Image | None]:

@@ -32,6 +32,7 @@ from finetune.train import ground, trackers
 from finetune.train.compile import compile_blocks
 from finetune.train.judge import Judge
 from finetune.train.learned import check_said
+from finetune.train.sampling import followed, previews
 from finetune.train.step import TrainStep
 from finetune.train.together import Together
 
@@ -91,8 +92,10 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     if begun:
         check_identity(begun, identity, folder, say)
     method = install(recipe, base)
-    for prompt in recipe.preview.prompts:
-        ground.check_prompt("preview.prompts", prompt, family)
+    for job in previews(recipe):
+        ground.check_prompt("preview.prompts", job.prompt, family)
+        if job.condition:
+            followed(job)
     if folder.name in base.learned.tokens and len(recipe.method) > 1:
         raise FinetuneError(f"method.tokens: {folder.name} is the run's name, "
                             "and so that of the other method's file; rename one of them")
@@ -105,6 +108,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     if method.objective == "denoise":       # to decode, pictures are wanted themselves
         base = ground.encoded(base, method.trains, train.max_steps, accelerator, Cache(cache.home(), say))
     ground.let_go(recipe, base, method.trains)
+    device.spare_memory()
     for part in family.parts.values():
         part.to(accelerator.device)
     loader = Loader(base.streams, train.batch_size, train.gradient_accumulation, accelerator.process_index,

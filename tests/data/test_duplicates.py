@@ -34,7 +34,8 @@ def groups(index) -> list[list[str]]:
     return [[Path(index.name(i)).name for i in group] for group in copies(index, HOW)]
 
 
-@pytest.mark.parametrize("name", ["attributes", "layout", "style", "style_held_out", "subject", "subject_class", "texture"])
+@pytest.mark.parametrize("name", ["attributes", "layout", "style", "style_held_out", "subject", "subject_held_out",
+                                  "subject_class", "texture"])
 def test_no_bundled_picture_is_a_copy_of_another(name):
     assert copies(indexed(DATASETS / name), HOW) == []
 
