@@ -55,8 +55,7 @@ def test_a_verb_is_the_pipeline_of_diffusers(family, files, pipeline, words):
     one, batch = (list(sampling.generate(own, many, size)) for size in (1, 3))
     theirs = pipeline.from_pretrained(TINY, dtype=torch.float32, safety_checker=None)
     options = {{"mask": "mask_image"}.get(word, word): Image.open(files[word]) for word in words}
-    wanted = theirs("a blue star", negative_prompt="red", generator=torch.Generator().manual_seed(6),
-                    num_inference_steps=STEPS,
+    wanted = theirs("a blue star", negative_prompt="red", generator=torch.Generator().manual_seed(6), num_inference_steps=STEPS,
                     guidance_scale=5.0, **options, **({"strength": 0.75} if words else {})).images[0]
     assert one[1].tobytes() == wanted.tobytes()
     assert all(np.abs(pixels(a) - pixels(b)).max() <= 1 for a, b in zip(one, batch))
@@ -154,8 +153,7 @@ def test_pictures_are_not_replaced_unasked(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, verbs", [("sd21", ("text", "image", "inpaint")), ("sdxl", ("text", "image", "inpaint")),
-                                         ("sd3-medium", ("text", "image", "inpaint")),
-                                         ("sd35-medium", ("text", "image", "inpaint")),
+                                         ("sd3-medium", ("text", "image", "inpaint")), ("sd35-medium", ("text", "image", "inpaint")),
                                          ("sd15-inpainting", ("inpaint",)), ("x4-upscaler", ("upscale",))])
 def test_every_family_paints_what_the_plain_pipeline_paints(name, verbs, member, files, tmp_path):
     base, family = str(member(name)), kind_of(locate(str(member(name))))
@@ -169,8 +167,7 @@ def test_every_family_paints_what_the_plain_pipeline_paints(name, verbs, member,
         options = {word: given[word] for word in words} | ({"strength": 0.75} if "--strength" in order else {})
         if verb != "upscale":
             order, options = [*order, "--size", "64x64"], options | {"height": 64, "width": 64}
-        assert main(["sample", "--base", base, "--family", family, "--prompt", "a blue star", "--negative", "red",
-                     "--seed", "6",
+        assert main(["sample", "--base", base, "--family", family, "--prompt", "a blue star", "--negative", "red", "--seed", "6",
                      "--guidance", "3", "--steps", "3", *order, "--quiet", "--out", str(tmp_path / verb)]) == 0
         ending = {"text": "", "image": "Img2Img", "inpaint": "Inpaint", "upscale": "Upscale"}[verb]
         without = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3-medium" else {}
