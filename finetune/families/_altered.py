@@ -110,8 +110,8 @@ def altered(source: Source, spec: FamilySpec, changes: Changes) -> Source | Alte
 
 
 # Parts, what their configs say, and what that of the denoiser has to say of their sum.
-WIDTHS = ((("text", "text_2"), "hidden_size", "cross_attention_dim"), (("text", "text_2"), "projection_dim", "pooled_projection_dim"),
-          (("text_3",), "d_model", "joint_attention_dim"), (("vae",), "latent_channels", "out_channels"))
+WIDTHS = ((("text", "text_2"), "hidden_size", "cross_attention_dim"), (("text_3",), "d_model", "joint_attention_dim"),
+          (("text", "text_2"), "projection_dim", "pooled_projection_dim"), (("vae",), "latent_channels", "out_channels"))
 
 
 def check_widths(source: Source | Altered, spec: FamilySpec) -> None:
@@ -122,9 +122,9 @@ def check_widths(source: Source | Altered, spec: FamilySpec) -> None:
         widths = [source.config(spec.components[part]).get(field) for part in parts]
         if parts and None not in (*widths, denoiser.get(wanted)) and sum(widths) != denoiser[wanted]:
             word = next((part for part in (*parts, "denoiser") if part in source.changes.parts), "path")
-            raise FinetuneError(f"base.{word}: {source.changes.parts.get(word, source.path)}: {field} of {' + '.join(parts)} is "
-                                f"{' + '.join(map(str, widths))}, and the denoiser's {wanted} {denoiser[wanted]}: "
-                                "they are of different models")
+            path = source.changes.parts.get(word, source.path)
+            raise FinetuneError(f"base.{word}: {path}: {field} of {' + '.join(parts)} is {' + '.join(map(str, widths))}, and the "
+                                f"denoiser's {wanted} {denoiser[wanted]}: they are of different models")
 
 
 def _changed(source: Source | _single.SingleFile, spec: FamilySpec, changes: Changes) -> Altered:

@@ -92,7 +92,8 @@ def test_a_t5_comes_from_elsewhere_with_its_vocabulary_or_is_left_out(member, tm
 
 
 @pytest.mark.parametrize("part, file, fields, said", [
-    ("text_3", "text_encoder_3/config.json", {"d_model": 64}, "d_model of text_3 is 64, and the denoiser's joint_attention_dim 96"),
+    ("text_3", "text_encoder_3/config.json", {"d_model": 64},
+     "d_model of text_3 is 64, and the denoiser's joint_attention_dim 96"),
     ("text_2", "text_encoder_2/config.json", {"projection_dim": 32},
      "projection_dim of text . text_2 is 32 . 32, and the denoiser's pooled_projection_dim 96"),
     ("vae", "vae/config.json", {"latent_channels": 4}, "latent_channels of vae is 4, and the denoiser's out_channels 16"),

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from finetune import registry
 from finetune.artifact import Header, published, read_header
 from finetune.errors import FinetuneError
-from finetune.families import _original, _single
+from finetune.families import _original, _single, sd1, sdxl
 from finetune.families._identify import LAYOUTS, Known, identify
+from finetune.families.base import Changes
 
-FAMILIES = {"sd15": "sd1", "sd15-inpainting": "sd1", "sd21-base": "sd2", "sd21": "sd2", "sd2-inpainting": "sd2", "sdxl": "sdxl",
-            "sdxl-inpainting": "sdxl", "sd3-medium": "sd3", "sd35-medium": "sd3", "sd35-large": "sd3"}
+FAMILIES = {"sd15": "sd1", "sd15-inpainting": "sd1", "sd21-base": "sd2", "sd21": "sd2", "sd2-inpainting": "sd2",
+            "sdxl": "sdxl", "sdxl-inpainting": "sdxl", "sd3-medium": "sd3", "sd35-medium": "sd3", "sd35-large": "sd3"}
 TINY = ["sd15", "sd15-inpainting", "sd21", "sdxl", "sd3-medium", "sd35-medium"]
 
 
@@ -31,9 +32,10 @@ def shrunk(name: str) -> dict[str, dict]:
             "bos_token_id": 58, "eos_token_id": 59, "pad_token_id": 59, "max_position_embeddings": 7}
     for component, config in found.items():
         if component == "unet":
+            xl = name.startswith("sdxl")
             config |= {"block_out_channels": [8, 16, 24, 24][:len(config["block_out_channels"])],
-                       "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 20 if name.startswith("sdxl") else 8,
-                       "projection_class_embeddings_input_dim": 20 if name.startswith("sdxl") else None, "addition_time_embed_dim": 2}
+                       "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 20 if xl else 8,
+                       "projection_class_embeddings_input_dim": 20 if xl else None, "addition_time_embed_dim": 2}
         elif component == "transformer":
             heads = 2
             config |= {"num_attention_heads": heads, "attention_head_dim": 4, "caption_projection_dim": 4 * heads,
@@ -297,14 +299,14 @@ def test_flat_text_encoders_are_read_and_more_layers_than_ours_are_dropped(tmp_p
 
 
 def test_a_projection_that_is_a_linear_layers(tmp_path):
-    """diffusers' scripts/convert_diffusers_to_original_sdxl.py leaves it as it is; ComfyUI reads both, diffusers itself does not."""
+    """diffusers' scripts/convert_diffusers_to_original_sdxl.py leaves it as it is, and ComfyUI reads both."""
     configs = shrunk("sdxl")
     modules = parts(configs)
     tensors, start = original("sdxl", modules), "conditioner.embedders.1.model.text_projection"
     save_file(tensors | {f"{start}.weight": tensors.pop(start).t().contiguous()}, tmp_path / "sdxl.safetensors")
-    again = _single.SingleFile(str(tmp_path / "sdxl.safetensors"), identify(read_header(tmp_path / "sdxl.safetensors")), configs)
-    encoder = modules["text_encoder_2"]
-    assert same(again.load(type(encoder), "text_encoder_2", torch.float32).state_dict(), encoder.state_dict())
+    again, encoder = _single.source(tmp_path / "sdxl.safetensors"), modules["text_encoder_2"]
+    found = _single.load(again.path, again.known.places["text_encoder_2"], type(encoder), configs["text_encoder_2"], torch.float32)
+    assert same(found.state_dict(), encoder.state_dict())
 
 
 def test_a_projection_that_the_file_cannot_hold_is_refused():
@@ -315,9 +317,7 @@ def test_a_projection_that_the_file_cannot_hold_is_refused():
 
 
 def test_a_part_comes_from_a_folder_or_a_file_and_fits_the_base(tmp_path):
-    from diffusers import AutoencoderKL
-    from transformers import CLIPTextModel
-
+    AutoencoderKL, CLIPTextModel = diffusers.AutoencoderKL, transformers.CLIPTextModel
     configs = shrunk("sd15")
     modules = parts(configs)
     vae, text = modules["vae"], modules["text_encoder"]
@@ -345,9 +345,6 @@ def test_a_part_comes_from_a_folder_or_a_file_and_fits_the_base(tmp_path):
 
 
 def test_a_checkpoint_without_text_encoders_is_no_refiner(tmp_path, monkeypatch):
-    from finetune.families import sdxl
-    from finetune.families.base import Changes
-
     found, modules = shrunk("sdxl"), parts(shrunk("sdxl"))
     monkeypatch.setattr(_single, "configs", lambda known: found)
     save_file(original("sdxl", {"unet": modules["unet"], "vae": modules["vae"]}), tmp_path / "pruned.safetensors")
@@ -361,9 +358,6 @@ def test_a_checkpoint_without_text_encoders_is_no_refiner(tmp_path, monkeypatch)
 
 
 def test_a_checkpoint_without_a_vae_takes_one(tmp_path, monkeypatch):
-    from finetune.families import sd1
-    from finetune.families.base import Changes
-
     found, modules = shrunk("sd15"), parts(shrunk("sd15"))
     monkeypatch.setattr(_single, "configs", lambda known: found)
     file = tmp_path / "pruned.safetensors"
