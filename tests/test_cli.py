@@ -73,14 +73,25 @@ def test_arguments_that_do_not_exist(arguments):
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("error, code", [(FinetuneError("no"), 2), (KeyboardInterrupt(), 130)])
-def test_how_a_command_ends(monkeypatch, capsys, error, code):
+@pytest.mark.parametrize("error, code, said", [
+    (FinetuneError("no"), 2, "error\nno"), (KeyboardInterrupt(), 130, "interrupted"),
+    (OSError(36, "File name too long", b"x"), 2, "error\nx: File name too long"),
+    (OSError(28, "No space left on device"), 2, "error\n[Errno 28] No space left on device")])
+def test_how_a_command_ends(monkeypatch, capsys, error, code, said):
     def run(arguments):
         raise error
 
     monkeypatch.setattr(registry.find("commands", "recipes"), "run", run)
     assert cli.main(["recipes"]) == code
-    assert capsys.readouterr().err.startswith("finetune: ")
+    assert capsys.readouterr().err == f"finetune: {said}\n"
+
+
+@pytest.mark.parametrize("without", [">&-", "2>&-", "> /dev/full", "| cat"])
+def test_output_that_cannot_be_said(without):
+    command = f"{sys.executable} -m finetune recipes {without}"
+    said = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert (said.returncode != 0) == ("full" in without) and "Traceback" not in said.stderr, said.stderr
 
 
 def test_our_mistake_passes_through(monkeypatch):

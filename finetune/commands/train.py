@@ -12,7 +12,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    import errno
     import signal
     import sys
     import time
@@ -49,9 +48,7 @@ def run(args) -> int:
             saving = levers(plan(args.recipe, args.overrides, device.memory_bytes()))
             raise FinetuneError("\n".join([str(e), "what needs less memory, beside a smaller data.resolution:", *saving])) from None
         except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
-                raise
-            raise FinetuneError(f"{e.filename or folder.root}: {e.strerror}; the checkpoints that are there stay, and the same "
+            raise FinetuneError(f"{e.filename or folder.root}: {e.strerror or e}; the checkpoints that are there stay, and the same "
                                 "command continues from the newest") from None
 
 

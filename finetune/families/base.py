@@ -198,7 +198,7 @@ def tokenizer(spec: FamilySpec, part: str) -> str:
 def locate(path: str, revision: str | None = None, variant: str | None = None) -> Source:
     """The source behind `base.path`: `tiny`, a folder, a file or a hub id. Raises FinetuneError when there is none."""
     quiet()
-    path = str(TINY) if path == "tiny" else str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+    path = str(TINY) if path == "tiny" else str(own) if (own := Path(os.path.expanduser(path))).exists() else path
     if Path(path).is_file():
         from finetune.families._single import source
 
@@ -214,7 +214,7 @@ def _object(path: str, file: str, revision: str | None) -> dict:
         value = json.loads(_fetch(path, file, revision).read_text(encoding="utf-8"))
         if not isinstance(value, dict):
             raise ValueError("no object")
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise FinetuneError(f"base.path: {path}/{file} is not JSON: {e}") from None
     return value
 

@@ -7,6 +7,7 @@ import io
 import json
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,11 +72,15 @@ class Told:
 
     @property
     def cards(self) -> dict[str, str]:
-        return cards(self.recipe, [line for line in self.lines if "loss" in line], self.proof, self.folder)
+        return cards(self.recipe, [line for line in self.lines if line.get("loss") is not None], self.proof, self.folder)
 
     @cached_property
     def previews(self) -> list[tuple[int, str]]:
-        return [(step, picture(Image.open(path), WIDEST)) for step, path in previews(self.folder).items()]
+        found = []
+        for step, path in previews(self.folder).items():
+            with suppress(OSError):     # a damaged one is left out
+                found.append((step, picture(Image.open(path), WIDEST)))
+        return found
 
     @cached_property
     def data(self) -> dict:
@@ -133,7 +138,8 @@ def page(folders: Sequence[Path], *blocks: str) -> str:
 
 def previews(folder: Path) -> dict[int, Path]:
     """Step → the sheet of pictures that was sampled then."""
-    return {int(path.stem.rpartition("-")[2]): path for path in sorted((folder / "previews").glob("step-*.png"))}
+    found = {path.stem.removeprefix("step-"): path for path in sorted((folder / "previews").glob("step-*.png"))}
+    return {int(step): path for step, path in found.items() if step.isdecimal()}
 
 
 def sentence(recipe: Recipe) -> str:

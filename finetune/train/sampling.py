@@ -170,11 +170,11 @@ def _read(how, path: Path) -> Image.Image:
         raise FinetuneError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
 
-def write(picture: Image.Image, path: Path, info: PngInfo) -> None:
-    """A PNG that is there as a whole or not at all. Raises FinetuneError."""
-    staging = path.with_name(f"{path.name}.{os.getpid()}.part")
+def write(picture: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """A picture's file that is there as a whole or not at all. Raises FinetuneError."""
+    staging = path.with_name(f".{os.getpid()}.{path.name}")     # its suffix says what it is
     try:
-        picture.save(staging, "PNG", pnginfo=info)
+        picture.save(staging, pnginfo=info)
         os.replace(staging, path)
     except OSError as e:
         staging.unlink(missing_ok=True)
