@@ -60,8 +60,8 @@ def test_who_holds_it_is_alive(tmp_path):
     held.lock()
     assert looks.owner()["pid"] == os.getpid()
     owner = tmp_path / ".run.owner"
-    for said in (owner.read_text().replace(str(os.getpid()), str(2**22 + 1)), "{", "[1]"):      # another looks at what a dead run left
-        owner.write_text(said)
+    for said in (owner.read_text().replace(str(os.getpid()), str(2**22 + 1)), "{", "[1]"):
+        owner.write_text(said)      # what a dead run left, while another process looks too
         assert looks.owner() is None
 
 

@@ -30,7 +30,7 @@ Found = tuple[np.ndarray, pa.RecordBatch, list[bool]]       # of some rows: what
 
 
 def home() -> Path:
-    """The toolkit's folder of what can be made anew: $FINETUNE_CACHE or ~/.cache/finetune. Raises FinetuneError for neither."""
+    """The toolkit's folder of what can be made anew: $FINETUNE_CACHE or ~/.cache/finetune. FinetuneError for neither."""
     try:
         return Path(os.environ.get("FINETUNE_CACHE") or "~/.cache/finetune").expanduser()
     except RuntimeError:

@@ -112,7 +112,7 @@ def parquet(**columns) -> bytes:
     ("metadata.csv", b"file_name,text\na.png,b,c\n", "metadata.csv:2: has 3 fields"),
     ("metadata.csv", b'file_name,text\na.png,"b\n', "metadata.csv:2: is no CSV"),
     ("metadata.parquet", b"PAR1", "metadata.parquet: cannot be read as parquet"),
-    ("metadata.parquet", parquet(day=pa.array([2**31 - 1], pa.date32())), "metadata.parquet: cannot be read as parquet: days="),
+    ("metadata.parquet", parquet(day=pa.array([2**31 - 1], pa.date32())), "metadata.parquet: cannot be read as parquet: day"),
     ("a.txt", b"\xe4", "a.txt: is not UTF-8 (byte 0)"),
     ("a.caption", b"ok\xe4", "a.caption: is not UTF-8 (byte 2)")])
 def test_broken_files_are_told(name, content, part, tmp_path):

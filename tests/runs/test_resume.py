@@ -114,8 +114,9 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_not_used(recipe, train, tmp
     assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("manifest", ["[]", "5", "[" * 10**5, '{"step": 1}', '{"step": 1, "files": {}}', '{"step": 1, "files": []}',
-                                      '{"step": 1, "files": {"parameters.safetensors": 0}}', '{"step": 2, "files": {}}'])
+@pytest.mark.parametrize("manifest", [
+    "[]", "5", "[" * 10**5, '{"step": 1}', '{"step": 1, "files": {}}', '{"step": 1, "files": []}', '{"step": 2, "files": {}}',
+    '{"step": 1, "files": {"parameters.safetensors": 0}}'])
 def test_a_manifest_that_is_none_is_damage(tmp_path, manifest):
     folder, said = RunFolder(tmp_path / "run", "x"), []
     checkpoint.save(folder, checkpoint.State(1, {"a": torch.ones(2)}, {}, {}, None), 2)
