@@ -33,6 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has seen enough. Python would flush stdout at exit and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (MemoryError, RuntimeError) as error:        # torch's own is one, and torch is not imported here
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+            raise
+        print(f"finetune: error\nthere is not enough memory: {str(error).partition('. ')[0] or 'for so much at once'}\n"
+              "    fewer pictures at a time, smaller ones, or numbers of 16 bits need less", file=sys.stderr)
+        return 2
     except (FinetuneError, OSError) as error:       # and what the system refuses: a full disk, a name that is too long
         process, place = os.environ.get("RANK", "0"), getattr(error, "filename", None)
         told = f"{os.fsdecode(place)}: {error.strerror}" if isinstance(place, (str, bytes)) else error

@@ -74,6 +74,8 @@ def test_arguments_that_do_not_exist(arguments):
 
 
 @pytest.mark.parametrize("error, code, said", [
+    (MemoryError(), 2, "error\nthere is not enough memory: for so much at once\n    fewer pictures at a time, smaller ones, or numbers "
+                       "of 16 bits need less"),
     (FinetuneError("no"), 2, "error\nno"), (KeyboardInterrupt(), 130, "interrupted"),
     (OSError(36, "File name too long", b"x"), 2, "error\nx: File name too long"),
     (OSError(28, "No space left on device"), 2, "error\n[Errno 28] No space left on device")])
