@@ -4,6 +4,8 @@ Nothing heavy is imported before a command runs, so that `finetune --help` answe
 """
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     argparse itself exits, with 0 after --help and 2 for arguments it does not know. Any other exception is
     our mistake: it passes through, and Python prints the traceback and exits with 1."""
+    atexit.register(gc.freeze)      # else Python looks through all that torch and diffusers are once more: two seconds
     # A service may be started without them, a terminal may know no Unicode, and a file's name may be none.
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w", errors="replace") for stream in (sys.stdout, sys.stderr))
     if sys.stdout.errors == "strict":

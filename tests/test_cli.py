@@ -113,6 +113,12 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert (said.returncode, said.stderr) == (141, "")
 
 
+def test_nothing_is_collected_at_the_end():
+    said = python("-c", "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); from finetune import cli\n"
+                  "raise SystemExit(cli.main(['recipes']))")
+    assert int(said.stdout.split()[-1]) > 1000
+
+
 @pytest.fixture
 def recipes(tmp_path, monkeypatch):
     folder = tmp_path / "shipped"
