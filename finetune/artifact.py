@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import struct
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.disk import replacing, sync
 from finetune.errors import FinetuneError
 from finetune.header import MAX_HEADER_BYTES, Header, read_header
 
@@ -25,6 +25,7 @@ DTYPE_NAMES = {
 
 
 WHOLE = ("full", "vae", "control")      # the kinds that hold weights, not changes
+MEASURED = ("lora", "loha", "lokr", "difference")       # those whose change needs no base to be measured
 
 
 @dataclass(frozen=True)
@@ -117,21 +118,14 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     text += b" " * (-len(text) % 8)
     assert len(text) <= MAX_HEADER_BYTES, f"{path}: a header of {len(text)} bytes, which no reader would take"
 
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        try:
-            with open(staged, "wb") as file:
-                file.write(struct.pack("<Q", len(text)) + text)
-                for data in data_of(tensors):
-                    file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staged, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                staged.unlink()
-            raise
-        _sync_folder(path.parent)
+        with replacing(path) as staged, open(staged, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for data in data_of(tensors):
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        sync(path.parent)
     except OSError as error:
         raise FinetuneError(
             f"{path}: cannot write {(len(text) + offset) / 2**20:.1f} MiB: {error.strerror or error}\n"
@@ -151,15 +145,6 @@ def data_of(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
 def _order(tensors: Mapping[str, Tensor]) -> list[str]:
     """Wide elements first, as the library does, so that every tensor is aligned to its own element size."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def weights_of(path: str | Path) -> Path:

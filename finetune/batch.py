@@ -19,7 +19,7 @@ class Conditioning:
     mask: Tensor | None = None      # (B, L) bool, False where a shorter caption is filled up. None: all are of one length
     beside: Tensor | None = None    # (B, K, h, w) what some networks see beside the noisy latents, see families/_beside.py
     level: Tensor | None = None     # (B,) int64 how noisy that is, which an upscaler is told
-    control: Tensor | None = None   # (B, 3, H, W) in [0, 1] the condition that a control branch follows, see families/_control.py
+    control: Tensor | None = None   # (B, 3, H, W) in [0, 1] what a control branch follows, see families/_control.py
 
 
 def joined(parts: list[Conditioning]) -> Conditioning:
@@ -47,8 +47,8 @@ class Batch:
     latents: Tensor | None = None               # (B, C, h, w) shifted and scaled, as the denoiser wants them
     mask: Tensor | None = None                  # (B, 1, h, w) weight of each latent pixel, 0 … 1. None: all count 1
     conditioning: Conditioning | None = None    # None: the text is encoded in the loop
-    beside: Tensor | None = None                # what some networks are shown of the picture, see data/beside.py: of inpainting
-    #                                             (B, 4, H, W), where to paint and the pixels without that; (B, 3, h, w) a small one; or
+    beside: Tensor | None = None                # what some networks are shown, see data/beside.py: of inpainting (B, 4, H, W),
+    #                                             where to paint and the pixels without that; (B, 3, h, w) a small one; or
     #                                             (B, 3, H, W) in [0, 1] the condition of a control branch
 
 

@@ -2,9 +2,11 @@
 
 import ctypes
 import os
+import re
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import psutil
 import torch
@@ -13,6 +15,7 @@ from finetune.errors import FinetuneError
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4       # malloc.h
+MADV_DONTNEED = 4                           # sys/mman.h
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
@@ -84,9 +87,28 @@ def product_rate(dtype: torch.dtype) -> float:
 def keep_memory() -> None:
     """Have the C library keep freed memory for the next step. glibc by default gives every large block back to the system,
     which clears it page by page when it is wanted again: a fifth of a step at SD 1.5's size (docs/performance.md)."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+    if libc := glibc():
         for setting, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
             libc.mallopt(setting, value)
+
+
+def spare_memory() -> None:
+    """Give back, with glibc, what is not in use between two phases of a run: freed memory, and the pages of mapped files, such
+    as float32 weights that were only read for their hash. These come back, from the system's own cache, when they are touched.
+    A mapping of which a single page was written to is left alone: what it holds is in no file."""
+    if not (libc := glibc()):
+        return
+    libc.malloc_trim(0)
+    libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    mapping = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ [1-9]\d* +/(?!dev/).*\n((?:[A-Z]\w+: .*\n)+)", re.MULTILINE)
+    for start, end, about in mapping.findall(Path("/proc/self/smaps").read_text(errors="replace")):
+        if all(f"{own}: 0" in " ".join(about.split()) for own in ("Anonymous", "Swap")):
+            libc.madvise(int(start, 16), int(end, 16) - int(start, 16), MADV_DONTNEED)
+
+
+def glibc() -> ctypes.CDLL | None:
+    """The C library, where it is this one."""
+    return libc if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version") else None
 
 
 def set_threads(threads: int | None) -> int:

@@ -15,7 +15,10 @@ def nearest(word: str, words: Iterable[str], also: Iterable[str] = ()) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def refuse(problems: list[str]) -> None:
-    """Raise all problems as one FinetuneError; with none, go on."""
+def refuse(problems: list[str], head: str = "") -> None:
+    """Raise all problems as one FinetuneError, or the first twenty of them under a head; with none, go on."""
+    if problems and head:
+        more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise FinetuneError("\n    ".join([head, *problems[:20], *more]))
     if problems:
         raise FinetuneError("\n".join(problems))

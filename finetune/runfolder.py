@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
+from finetune.disk import write_json, writing
 from finetune.errors import FinetuneError
 
 
@@ -74,12 +75,10 @@ class RunFolder:
 
     def check_ours(self) -> None:
         """Raise FinetuneError for a folder with anything in it that is not a run."""
-        try:
+        with self._writing():
             # A start that was killed before it wrote run.json leaves no more than log.txt and hidden parts of files.
             strange = not self.begun() and any(p.is_file() and p.name != self.log.name and not p.name.startswith(".")
                                                for p in self.root.rglob("*"))
-        except OSError as e:
-            raise self._unwritable(e) from None
         if strange:
             raise FinetuneError(f"{self.root} holds files, but no run of ours (no run.json): choose another folder with --run")
 
@@ -94,20 +93,19 @@ class RunFolder:
     def lock(self, words: Sequence[str] = ()) -> None:
         """Hold the folder until this process ends, however it ends; `words` of the command line would continue its run.
         Raises FinetuneError when another process holds it."""
-        try:
+        with self._writing():
             self.root.parent.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self._beside("lock"))
-            self._lock.acquire(timeout=0.5)     # `finetune status` holds it for a moment
+            try:
+                self._lock.acquire(timeout=0.5)     # `finetune status` holds it for a moment
+            except Timeout:
+                who = self.last_owner()
+                pid, host, started = (who.get(word, "?") for word in ("pid", "host", "started"))
+                raise FinetuneError(f"{self.root} is in use by process {pid} on {host}, started {started}; wait for it, stop "
+                                    "it (finetune stop), or start beside it with --run DIR") from None
             write_json(self._beside("owner"), {"pid": os.getpid(), "host": socket.gethostname(),
                                                "started": time.strftime("%Y-%m-%d %H:%M:%S"),
                                                "words": list(words), "working_folder": os.getcwd()})
-        except Timeout:
-            who = self.last_owner()
-            raise FinetuneError(f"{self.root} is in use by process {who.get('pid', '?')} on {who.get('host', '?')}, started "
-                                f"{who.get('started', '?')}; wait for it, stop it (finetune stop), or start beside it with "
-                                "--run DIR") from None
-        except OSError as e:
-            raise self._unwritable(e) from None
 
     def owner(self) -> dict | None:
         """Who holds the folder, as `last_owner` says. None when nobody does, whatever an ended process left lying."""
@@ -140,10 +138,8 @@ class RunFolder:
     def set_aside(self) -> Path:
         """Move the whole folder to the first free NAME.old-N."""
         number = next(n for n in range(1, 10**6) if not self._old(n).exists())
-        try:
+        with self._writing():
             self.root.rename(self._old(number))
-        except OSError as e:
-            raise self._unwritable(e) from None
         return self._old(number)
 
     def _old(self, number: int) -> Path:
@@ -151,14 +147,12 @@ class RunFolder:
 
     def create(self, needed_bytes: int) -> None:
         """Make the folders. Raises FinetuneError when they cannot be written or the disk has no room for the run."""
-        try:
+        with self._writing():
             for folder in self._folders():
                 folder.mkdir(parents=True, exist_ok=True)
-                for torn in folder.glob(".*.part"):         # what a kill left; a torn checkpoint is a folder
-                    shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+            for torn in sorted(self.root.rglob(".*.part")):     # what a kill left; a torn checkpoint is a folder
+                shutil.rmtree(torn) if torn.is_dir() else torn.unlink(missing_ok=True)
             self.check_writable()
-        except OSError as e:
-            raise self._unwritable(e) from None
         self.check_room(needed_bytes)
         said, self._pending = self._pending or [], None
         with open(self.log, "a", encoding="utf-8") as f:
@@ -166,13 +160,11 @@ class RunFolder:
 
     def check_writable(self) -> None:
         """Raise FinetuneError for a folder of the run that is there and cannot be written."""
-        try:
+        with self._writing():
             for folder in filter(Path.exists, self._folders()):
                 probe = folder / ".writable"
                 probe.write_bytes(b"")
                 probe.unlink()
-        except OSError as e:
-            raise self._unwritable(e) from None
 
     def _folders(self) -> tuple[Path, ...]:
         return self.root, self.checkpoints, self.previews, self.adapters
@@ -184,31 +176,13 @@ class RunFolder:
             raise FinetuneError(f"the disk of {self.root} has {free / 1e6:,.0f} MB free, but the run may need "
                                 f"{needed_bytes / 1e6:,.0f} MB; make room or choose another disk with --run")
 
-    def _unwritable(self, error: OSError) -> FinetuneError:
-        return FinetuneError(f"the run folder {self.root} cannot be written: {error.strerror}; choose another with --run")
+    def _writing(self):
+        return writing(f"the run folder {self.root}", "; choose another with --run")
 
-
-def sync(path: Path) -> None:
-    """Have the disk keep a file, or the names in a folder."""
-    if os.name == "nt":     # Windows cannot open a folder, and journals the rename by itself
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """All of the text or nothing."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-    sync(path.parent)
-
-
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    @classmethod
+    def of(cls, root: Path) -> "RunFolder":
+        """The run in a folder. Raises FinetuneError when there is none."""
+        folder = cls(root, root.name)
+        if not folder.begun():
+            raise FinetuneError(f"{root} is no run folder: it has no run.json")
+        return folder

@@ -118,10 +118,7 @@ def added(family, tokens: Rows) -> Iterator[None]:
     try:
         yield
     finally:
-        family.learned = None
-        family.tokenizers |= learned.tokenizers
-        for part, table in tables.items():
-            family.parts[part].set_input_embeddings(table)
+        _put(family, None, learned.tokenizers, tables)
 
 
 @contextmanager
@@ -131,17 +128,19 @@ def hidden(family) -> Iterator[None]:
     if learned is None:
         yield
         return
-    family.learned = None
-    family.tokenizers |= learned.tokenizers
-    for part, table in learned.tables.items():
-        family.parts[part].set_input_embeddings(nn.Embedding.from_pretrained(table.weight.detach()))
+    _put(family, None, learned.tokenizers,
+         {part: nn.Embedding.from_pretrained(table.weight.detach()) for part, table in learned.tables.items()})
     try:
         yield
     finally:
-        family.learned = learned
-        family.tokenizers |= own
-        for part, table in learned.tables.items():
-            family.parts[part].set_input_embeddings(table)
+        _put(family, learned, own, learned.tables)
+
+
+def _put(family, learned: Learned | None, tokenizers: dict[str, object], tables: Mapping[str, nn.Embedding]) -> None:
+    family.learned = learned
+    family.tokenizers |= tokenizers
+    for part, table in tables.items():
+        family.parts[part].set_input_embeddings(table)
 
 
 def misfits(family_parts: Mapping[str, nn.Module], rows: Mapping[str, Tensor]) -> list[str]:

@@ -1,7 +1,8 @@
 """Measure what a training step costs, by the real `finetune train` on bases of a published model's size with random weights.
 
     python scripts/bench.py [CASE …] [--steps 6] [--threads N] [--json FILE]        one process for each case, and a table
-    python scripts/bench.py --against [--rounds 2]                                  beside scripts/reference_loop.py
+    python scripts/bench.py --against [--rounds 2]                                  beside scripts/reference_loop.py,
+                                                                                    in bfloat16 with --set base.dtype=bfloat16
     python scripts/bench.py --list
 
 Bases are made once in runs/bench (sd15: 4.3 GB, sdxl: 7 GB), pictures and caches anew in a temporary folder. Columns:
@@ -79,6 +80,8 @@ def main() -> None:
     names = args.cases or ["sd15-lora-256"] if args.against else args.cases or list(CASES)
     if unknown := [name for name in names if name not in CASES | CUDA]:
         parser.error(f"no such case: {', '.join(unknown)}; --list names them")
+    if args.steps is not None and args.steps < 5:
+        parser.error(f"--steps {args.steps}: the first two, the last and the one before it are not counted; take 5 or more")
     found = {"machine": machine(), "load": os.getloadavg(), "settings": {"steps": args.steps, "threads": args.threads, "set": args.set}}
     if args.against:
         found["against"] = against(names[0], args)
@@ -127,12 +130,13 @@ def against(name: str, args) -> dict:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         images = pictures(Path(folder), what["resolution"])
         command = [sys.executable, SCRIPTS / "reference_loop.py", "--base", base(what["base"]), "--images", images, "--resolution",
-                   what["resolution"], "--rank", what["method"]["rank"], "--steps", args.steps or 6, *threads]
+                   what["resolution"], "--rank", what["method"]["rank"], "--steps", args.steps or 6, *threads,
+                   *(["--bf16"] if "base.dtype=bfloat16" in args.set else [])]
         for _ in range(args.rounds):
+            found["ours"].append(once(name, args))
             for kind, extra in (("reference", []), ("reference cached", ["--cached"])):
                 one = child([*command, *extra], folder)
                 found[kind].append(one | {"seconds": statistics.median(one["seconds"][DROPPED:-1])})
-            found["ours"].append(once(name, args))
     best = {kind: min(run["seconds"] for run in runs) for kind, runs in found.items()}
     peak = {kind: max(run.get("end_mb", run["peak_mb"]) for run in runs) for kind, runs in found.items()}
     print(f"\n{'':<18}{'s/step':>10}{'peak MiB':>10}   LoRA of rank {what['method']['rank']} on cross-attention, {what['resolution']} px, batch 1")

@@ -116,14 +116,15 @@ def scenes(who: str) -> list[str]:
     return [FORMS[i % 3].format(who=who, ground=ground) for i, ground in enumerate(GROUNDS)]
 
 
-def recognised(run: Path, who: str = "an orange zwx creature") -> Shares:
-    found = creatures.read(creatures.trained()[0], pictures(run, "subject", scenes(who), files(run)))
-    return {"recognised": found.count("zwx") / COUNT}
+def recognised(run: Path, who: str = "an orange zwx creature", name: str = "zwx") -> Shares:
+    """`who` is what the prompts say, `name` the creature of drawings.py."""
+    found = creatures.read(creatures.trained(name)[0], pictures(run, "subject", scenes(who), files(run)))
+    return {"recognised": found.count("the one") / COUNT}
 
 
-def subject(run: Path, who: str = "an orange zwx creature") -> Shares:
-    found = creatures.read(creatures.trained()[0], pictures(run, "class", scenes("a creature"), files(run)))
-    return recognised(run, who) | {"class stays plain": 1 - found.count("zwx") / COUNT}
+def subject(run: Path, who: str = "an orange zwx creature", name: str = "zwx") -> Shares:
+    found = creatures.read(creatures.trained(name)[0], pictures(run, "class", scenes("a creature"), files(run)))
+    return recognised(run, who, name) | {"class stays plain": 1 - found.count("the one") / COUNT}
 
 
 def thing(run: Path) -> Shares:
@@ -150,35 +151,43 @@ def combined(run: Path) -> Shares:
 
 def followed(run: Path) -> Shares:
     """The colour of the box and the shape of the caption by a reader, and the thing where the box is: their overlap is half of
-    both together or more."""
+    both together or more. Beside it the base alone, and the true pictures through the VAE, which is the most that can be."""
     scenes = [make_datasets.laid_out(random.Random(f"held-out layout {i}"), i) for i in range(COUNT)]
     (run / "boxes").mkdir(exist_ok=True)
     for i, scene in enumerate(scenes):
         make_datasets.boxed(scene).save(run / "boxes" / f"{i:02}.png")
     strip(run, "boxes", [make_datasets.boxed(scene) for scene in scenes[:SHOWN]])
-    family, shares = load("tiny"), {}
+    family = load("tiny")
     branch = adapters.load([(next(run.glob("adapter/*/config.json")).parent, 1.0)], family)
+    drawn = {"truth": shown(through(family.parts["vae"], 2 * readers.tensor([world.draw(scene) for scene in scenes]) - 1))}
     for part, on in (("base", []), ("control", branch)):
         jobs = [Job(prompt=make_datasets.layout_caption(scene), seed=1000 + i, steps=STEPS, guidance=GUIDANCE,
                     condition=run / "boxes" / f"{i:02}.png" if on else None) for i, scene in enumerate(scenes)]
         with adapters.on(family, on):
-            drawn = list(generate(family.pipeline(), settle(family, jobs), 32))
-        sampling.sheet(run / f"{part}.png", drawn[:32], [job.prompt[2:24] for job in jobs[:32]])
-        strip(run, part, drawn[:SHOWN])
-        words = readers.read(readers.trained_reader(styles=False)[0], drawn)
-        truths = [readers.truth(scene) for scene in scenes]
-        right = {head: [word[head] == truth[head] for word, truth in zip(words, truths)] for head in ("colour", "shape")}
-        right["place"] = [overlap(found(picture), make_datasets.box(scene)) >= 0.5 for picture, scene in zip(drawn, scenes)]
-        right["all three"] = [all(row) for row in zip(*right.values())]
-        shares |= {f"{what} right{', base' if not on else ''}": sum(row) / COUNT for what, row in right.items()}
-    return shares
+            drawn[part] = list(generate(family.pipeline(), settle(family, jobs), 32))
+        sampling.sheet(run / f"{part}.png", drawn[part][:32], [job.prompt[2:24] for job in jobs[:32]])
+        strip(run, part, drawn[part][:SHOWN])
+    shares = {part: as_boxed(pictures, scenes) for part, pictures in drawn.items()}
+    return shares["control"] | {f"all three right, {part}": shares[part]["all three right"] for part in ("base", "truth")}
+
+
+def as_boxed(pictures: list[Image.Image], scenes: list[world.Scene]) -> Shares:
+    """How many pictures show what their scenes do, each by its head and where its box is."""
+    words = readers.read(readers.trained_reader(styles=False)[0], pictures)
+    truths = [readers.truth(scene) for scene in scenes]
+    right = {head: [word[head] == truth[head] for word, truth in zip(words, truths)] for head in ("colour", "shape")}
+    right["place"] = [overlap(found(picture), make_datasets.box(scene)) >= 0.5 for picture, scene in zip(pictures, scenes)]
+    right["all three"] = [all(row) for row in zip(*right.values())]
+    return {f"{what} right": sum(row) / len(row) for what, row in right.items()}
 
 
 def found(picture: Image.Image) -> tuple[int, ...] | None:
-    """The box of all that is unlike the picture's border."""
+    """The box of all that is unlike the picture's border. Its two outer pixels do not count: the VAE draws specks there, and
+    no thing is there."""
     rgb = np.array(picture).astype(int)
     border = np.median(np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]]), axis=0)
-    return Image.fromarray(np.abs(rgb - border).max(2) > 40).getbbox()
+    box = Image.fromarray(np.abs(rgb - border).max(2)[2:-2, 2:-2] > 40).getbbox()
+    return box and tuple(side + 2 for side in box)
 
 
 def overlap(one: tuple[int, ...] | None, other: tuple[int, ...]) -> float:
@@ -193,6 +202,17 @@ def overlap(one: tuple[int, ...] | None, other: tuple[int, ...]) -> float:
 # VAE: how near are pictures that it draws again to what they were?
 
 @torch.no_grad()
+def through(vae: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What the VAE makes of pictures (B, 3, H, W) in [-1, 1]."""
+    return vae.decode(vae.encode(x).latent_dist.mode()).sample
+
+
+def shown(x: torch.Tensor) -> list[Image.Image]:
+    rgb = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in rgb]
+
+
+@torch.no_grad()
 def redrawn(run: Path) -> Shares:
     """What the tuned VAE gains on the pictures of datasets/texture_held_out, on those of each texture, and on fresh plain
     scenes."""
@@ -204,16 +224,15 @@ def redrawn(run: Path) -> Shares:
     artifact, vae = formats.load(files(run)[0], family.spec), family.parts["vae"]
     for what, some in (("textures", held_out), ("plain", plain)):
         x = 2 * readers.tensor(some) - 1
-        before = vae.decode(vae.encode(x).latent_dist.mode()).sample
+        before = through(vae, x)
         with families.merged(family.parts, [(artifact, 1.0)]):
-            after = vae.decode(vae.encode(x).latent_dist.mode()).sample
+            after = through(vae, x)
         for measure, by in ((similarity.psnr, "dB"), (similarity.ssim, "SSIM")):
             gains = measure(after, x) - measure(before, x)
             shares[f"{what} {by}"] = gains.mean().item()
             if (what, by) == ("textures", "dB"):
                 shares |= {f"{kind} dB": gains[[line["texture"] == kind for line in lines]].mean().item()
                            for kind in drawings.TEXTURES}
-        for part, shown in (("as drawn", x), ("by the base", before), ("tuned", after)):
-            rgb = ((shown[:SHOWN] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-            strip(run, f"{what} {part}", [Image.fromarray(p) for p in rgb])
+        for part, drawn in (("as drawn", x), ("by the base", before), ("tuned", after)):
+            strip(run, f"{what} {part}", shown(drawn[:SHOWN]))
     return shares

@@ -102,10 +102,30 @@ def subject(rng: random.Random) -> Iterator[Row]:
     method: {kind: lora}
     ```
     """
+    yield from portrayed("zwx", rng)
+
+
+def portrayed(who: str, rng: random.Random) -> Iterator[Row]:
     for background in ("mint", "white", "navy", "cream", "gray", "lavender"):
-        words = rng.choice(["a picture of a zwx creature on a {} background", "a zwx creature on a {} background",
-                            "a drawing of a zwx creature against a {} background"])
-        yield posed(drawings.ZWX, background, rng), {"text": words.format(background), "background": background}
+        words = rng.choice(["a picture of a {} creature on a {} background", "a {} creature on a {} background",
+                            "a drawing of a {} creature against a {} background"])
+        yield (posed(drawings.CREATURES[who], background, rng),
+               {"text": words.format(who, background), "background": background})
+
+
+def subject_held_out(rng: random.Random) -> Iterator[Row]:
+    """The sks creature
+
+    Another invented character, six times: green and wide, with three eyes, yellow horns and feet, and a belly of red
+    stripes. Posed and captioned like `datasets/subject`. No setting of the toolkit was tuned on it.
+
+    **How to use.** To see what the settings for one character do for another:
+
+    ```yaml
+    data: {images: datasets/subject_held_out, resolution: 64}
+    ```
+    """
+    yield from portrayed("sks", rng)
 
 
 def subject_class(rng: random.Random) -> Iterator[Row]:
@@ -207,9 +227,8 @@ def texture_held_out(rng: random.Random) -> Iterator[Row]:
 
 
 def laid_out(rng: random.Random, i: int) -> world.Scene:
-    """A thing anywhere in the picture, of any size."""
-    scene = world.random_scene(rng, two=0, shape=SHAPES[i % 8], colour=COLOURS[(i + i // 8) % 8],
-                               background=BACKGROUNDS[(3 * i + i // 8) % 8])
+    """A thing anywhere in the picture, of any size; its colour follows from nothing that the caption says."""
+    scene = world.random_scene(rng, two=0, shape=SHAPES[i % 8], colour=COLOURS[i // 8 % 8])
     radius = rng.uniform(9, 18)
     x, y = (rng.uniform(2 + 1.15 * radius, 62 - 1.15 * radius) for _ in "xy")
     return replace(scene, things=(replace(scene.things[0], x=x, y=y, radius=radius, angle=0.0),))
@@ -246,7 +265,7 @@ def layout(rng: random.Random) -> Iterator[Row]:
     method: {kind: control}
     ```
     """
-    for i in range(128):
+    for i in range(256):
         scene = laid_out(rng, i)
         yield world.draw(scene), {"text": layout_caption(scene)}
 
@@ -259,7 +278,7 @@ def layout_boxes(rng: random.Random) -> Iterator[Row]:
     **How to use.** As `data.condition` of a run on `datasets/layout`.
     """
     rng.seed("layout 0")
-    for i in range(128):
+    for i in range(256):
         scene = laid_out(rng, i)
         yield boxed(scene), {"text": layout_caption(scene)}
 
@@ -269,7 +288,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "datasets")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for rows in (style, style_held_out, subject, subject_class, thing, attributes, texture, texture_held_out, layout, layout_boxes):
+    for rows in (style, style_held_out, subject, subject_held_out, subject_class, thing, attributes, texture, texture_held_out,
+                 layout, layout_boxes):
         name = rows.__name__
         folder = args.out / name
         shutil.rmtree(folder, ignore_errors=True)

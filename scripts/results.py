@@ -71,7 +71,8 @@ ROWS = {
     "loha": Row("style", "quickstart", style, STYLED, variant("variant: loha, rank: 4")),
     "lokr": Row("style", "quickstart", style, STYLED, variant("variant: lokr, factor: 4")),
     "lora, held-out style": Row("style_held_out", "quickstart", partial(style, look="sticker"), STYLED,
-                                ("data.images=datasets/style_held_out", f"data.caption.template={LOOKS['sticker']}"),
+                                ("data.images=datasets/style_held_out",
+                                 f"data.caption.template={json.dumps(LOOKS['sticker'])}"),
                                 remark="Stickers: no setting was tuned on them."),
     "full": Row("style", "tiny_full", whole_style, {"in style": 0.95, "extracted LoRA as much in style": 0.95}),
     "lora + prior": Row("subject", "tiny_subject_dreambooth", subject, {"recognised": 0.80, "class stays plain": 0.90}),
@@ -79,6 +80,11 @@ ROWS = {
                                    {"recognised": 0.80, "class stays plain": 0.90}, (named("a zwx creature"),),
                                    remark="Without a word before it that the base knows. The base was never taught zwx, and "
                                    "its text encoder next to ignores such words; a LoRA on the text encoder too did not help."),
+    "lora + prior, held-out subject": Row("subject_held_out", "tiny_subject_dreambooth",
+                                          partial(subject, who="a green sks creature", name="sks"),
+                                          {"recognised": 0.80, "class stays plain": 0.90},
+                                          ("data.images=datasets/subject_held_out", named("a green sks creature")),
+                                          remark="Another creature: no setting was tuned on it."),
     "lora, no prior": Row("subject", "tiny_subject_dreambooth", subject, {}, ("data.prior=null",)),
     "embedding": Row("thing", "tiny_embedding", thing, {"recognised": 0.50}, most_bytes=10_000,
                      remark="The thing is one that the base can draw, and that no caption describes: right is its shape, its "
@@ -93,7 +99,8 @@ ROWS = {
     "embedding per value": Row("attributes", "tiny_attributes", combined, {"shape and colour right": 0.80}, most_bytes=10_000),
     "control": Row("layout", "tiny_control", followed, {"all three right": 0.80},
                    remark="The caption says shape and background; the colour, the place and the size are those of a box that only "
-                   "the branch sees."),
+                   "the branch sees, and follow from nothing else. Truth is the scenes as drawn, through the VAE: the most that "
+                   "can be. No setting was chosen on these scenes."),
     "vae_decoder": Row("texture", "tiny_vae_decoder", redrawn, {"textures dB": 1.5, "textures SSIM": 0.0, "plain dB": -0.2},
                        remark=TEXTURED),
     "vae_decoder, encoder too": Row("texture", "tiny_vae_decoder", redrawn, {}, ("method.encoder=true",)),

@@ -60,7 +60,8 @@ def make_tokenizer() -> CLIPTokenizer:
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.train_from_iterator([" ".join(line.split()) for line in lines],
-                            trainers.BpeTrainer(vocab_size=4000, end_of_word_suffix="</w>", min_frequency=2, show_progress=False))
+                            trainers.BpeTrainer(vocab_size=4000, end_of_word_suffix="</w>", min_frequency=2,
+                                                show_progress=False))
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = letters + [c + "</w>" for c in letters] + ["".join(pair) for pair in merges]

@@ -2,6 +2,9 @@
 
 import json
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +72,24 @@ def train(monkeypatch):
     return call
 
 
+@pytest.fixture
+def train_by_two():
+    """The same in two processes of `accelerate launch`, which have to end well: (recipe, run folder, *arguments)."""
+    def call(recipe: Path, run: Path, *arguments: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+                   "--main_process_port", str(port), "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "finetune",
+                   "train", str(recipe), "--run", str(run), *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def member(tmp_path_factory):
-    """A known model with its real blocks and names, but narrow, with random weights and the tiny base's words: name → folder."""
+    """A known model with its real blocks and names, but narrow, random and with the tiny base's words: name → folder."""
     made = {}
 
     def make(name: str) -> Path:
@@ -110,7 +128,8 @@ def build_member(name: str, folder: Path) -> Path:
     if name == "sdxl":
         parts["unet"] |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 64,
                           "transformer_layers_per_block": [1, 1, 2]}
-    parts["vae"] |= {"block_out_channels": [16, 16, 32, 32][-len(parts["vae"]["block_out_channels"]):], "norm_num_groups": 8, "sample_size": 64}
+    parts["vae"] |= {"block_out_channels": [16, 16, 32, 32][-len(parts["vae"]["block_out_channels"]):], "norm_num_groups": 8,
+                     "sample_size": 64}
     torch.manual_seed(0)
     made = {denoiser: getattr(diffusers, parts["model_index"][denoiser][1]).from_config(parts[denoiser]),
             "vae": diffusers.AutoencoderKL.from_config(parts["vae"]),
@@ -164,7 +183,8 @@ def streamed():
     from finetune.data.pictures import Reading
     from finetune.data.sources import Source
 
-    def make(folder, resolution=16, step=None, size=4, seed=0, template="{text}", dropout=0.0, repeats=1, masks=None, **changes):
+    def make(folder, resolution=16, step=None, size=4, seed=0, template="{text}", dropout=0.0, repeats=1, masks=None,
+             **changes):
         index = build([Source(str(folder), repeats=repeats)], Reading(), masks, lambda line: None, True)
         assert not [note for note in index.notes if note.fatal], index.notes
         known = sizes(resolution, step) if step else np.array([[resolution] * 2])

@@ -43,14 +43,19 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("name", registry.names("commands"))
-def test_the_help_of_each_command(name):
-    assert finetune(name, "--help").stdout.startswith(f"usage: finetune {name}")
+def test_the_help_of_each_command(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([name, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: finetune {name}")
 
 
-@pytest.mark.parametrize("name", registry.names("commands"))
-def test_a_command_is_imported_without_torch(name):
-    code = f"import sys, finetune.commands.{name}; print('torch' in sys.modules)"
-    assert python("-c", code).stdout == "False\n"
+def test_a_command_is_imported_without_torch():
+    code = ("import importlib, sys\n"
+            "for name in sys.argv[1:]:\n"
+            "    importlib.import_module(f'finetune.commands.{name}')\n"
+            "    assert 'torch' not in sys.modules, name")
+    said = python("-c", code, *registry.names("commands"))
+    assert said.returncode == 0, said.stderr
 
 
 def test_version():

@@ -21,7 +21,7 @@ def test_only_the_named_file_is_imported():
             "print(*sorted(name for name in sys.modules if name.startswith('finetune.')))")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.split() == ["finetune.commands", "finetune.commands.recipes", "finetune.errors",
-                            "finetune.registry"]
+                            "finetune.registry", "finetune.terminal"]
 
 
 def test_a_wrong_word_gets_the_nearest_right_one():

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from finetune import runfolder
+from finetune.disk import write_json, write_text
 from finetune.errors import FinetuneError
-from finetune.runfolder import RunFolder, write_json, write_text
+from finetune.runfolder import RunFolder
 
 
 def test_everything_lies_inside_under_the_recipes_name(tmp_path):
@@ -17,7 +18,8 @@ def test_everything_lies_inside_under_the_recipes_name(tmp_path):
     assert folder.preview(250).name == "step-00000250.png"
     assert folder.adapter("kohya", first=True) == tmp_path / "elsewhere" / "adapter" / "dog.safetensors"
     assert folder.adapter("diffusers", first=False).name == "dog.diffusers.safetensors"
-    assert all(p.is_relative_to(folder.root) for p in (folder.recipe, folder.resolved, folder.identity, folder.metrics, folder.log))
+    assert all(p.is_relative_to(folder.root)
+               for p in (folder.recipe, folder.resolved, folder.identity, folder.metrics, folder.log))
 
 
 def test_it_is_made_and_made_again(tmp_path):

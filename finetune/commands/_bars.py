@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune.errors import FinetuneError
+from finetune.disk import writing
 
 
 def text(values: Mapping[str, float], width: int) -> list[str]:
@@ -36,7 +36,5 @@ def draw(path: Path, title: str, values: Mapping[str, float], parts: Mapping[str
             x, middle = left + room * part / most, y + row / 2 - 0.5
             pen.ellipse((x - 2.5, middle - 2.5, x + 2.5, middle + 2.5), "#1f4e79")
     pen.text((left, top + row * len(values) + 10), "bar: all layers of the block together; dots: each layer", "#555555", font)
-    try:
+    with writing(f"--plot {path}:"):
         image.save(path, "PNG")
-    except OSError as e:
-        raise FinetuneError(f"--plot {path}: cannot be written: {e.strerror or e}") from None

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+from finetune import registry
+from finetune.errors import FinetuneError, nearest
+
 PARTS = "denoiser", "text", "text_2", "text_3", "vae"
 
 
 def add_arguments(parser, without: str = "") -> None:
     """`without` is what happens without a base, where that is allowed."""
-    parser.add_argument("--base", required=not without, help=f"`tiny`, a diffusers folder, a .safetensors file or a hub id{without}")
+    parser.add_argument("--base", required=not without,
+                        help=f"`tiny`, a diffusers folder, a .safetensors file or a hub id{without}")
     parser.add_argument("--family", default="sd1")
     parser.add_argument("--revision", help="of a hub model")
     parser.add_argument("--variant", help="of the weight files, such as fp16")
@@ -15,6 +19,12 @@ def add_arguments(parser, without: str = "") -> None:
                         help="what the base predicts, where it says so wrong or not at all")
     parser.add_argument("--zero-snr", action="store_true", default=None, help="its noising ends without any signal, likewise")
     parts_arguments(parser)
+
+
+def recipe_arguments(parser, what: str = "a recipe file", **options) -> None:
+    parser.add_argument("recipe", help=what, **options)
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides",
+                        help="override a field of the recipe; can be repeated")
 
 
 def parts_arguments(parser) -> None:
@@ -31,7 +41,6 @@ def clip_skip_argument(parser) -> None:
 
 def changes(args):
     """What the words want to be otherwise about the base. FinetuneError for words about a base where there is none."""
-    from finetune.errors import FinetuneError
     from finetune.families.base import Changes
 
     skip = getattr(args, "clip_skip", 1)
@@ -39,12 +48,12 @@ def changes(args):
         raise FinetuneError(f"--clip-skip {skip}: at least 1, which leaves nothing out")
     parts = {part: path for part in PARTS if (path := getattr(args, part))}
     if not args.base and (parts or skip > 1):
-        raise FinetuneError(f"--{next(iter(parts), 'clip-skip').replace('_', '-')}: is of a base, and there is none; give --base")
+        word = next(iter(parts), "clip-skip").replace("_", "-")
+        raise FinetuneError(f"--{word}: is of a base, and there is none; give --base")
     return Changes(parts, skip, prediction=getattr(args, "prediction", None), zero_snr=getattr(args, "zero_snr", None))
 
 
 def dtype(name: str):
-    from finetune.errors import FinetuneError, nearest
     from finetune.families.base import DTYPES
 
     if name not in DTYPES:
@@ -54,14 +63,10 @@ def dtype(name: str):
 
 def load(args, numbers):
     """The family over its base, in these numbers."""
-    from finetune import registry
-
     return registry.find("families", args.family).load(args.base, numbers, args.revision, args.variant, changes(args))
 
 
 def make(folder: Path) -> None:
-    from finetune.errors import FinetuneError
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

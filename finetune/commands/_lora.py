@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import registry
+from finetune.artifact import WHOLE, modules, read_header
+from finetune.commands import _base
 from finetune.errors import FinetuneError
+from finetune.formats.base import identify
 
 if TYPE_CHECKING:  # both cost an import of torch
     from finetune.artifact import Artifact
@@ -52,23 +56,16 @@ def new_file(path: Path) -> None:
 
 def dtype(name: str | None, adapters: list[Artifact]):
     """The one of that name, or the widest of the adapters' own."""
-    from functools import reduce
-
     import torch
 
-    from finetune.commands._base import dtype as named
-
     if name:
-        return named(name)
+        return _base.dtype(name)
     own = (t.dtype for adapter in adapters for key, t in adapter.tensors.items() if not key.endswith(".alpha"))
     return reduce(torch.promote_types, own)
 
 
 def format_of(path: Path) -> str:
     """The format of a LoRA in the way of this file: its own, where we write it."""
-    from finetune.artifact import read_header
-    from finetune.formats.base import identify
-
     name = identify(read_header(path))["format"]
     able = [known for known in registry.names("formats") if "lora" in registry.find("formats", known).KINDS]
     return name if name in able else "kohya"
@@ -78,14 +75,13 @@ def summed(adapters: list[tuple[Path, Artifact, float]], size: Cut | None) -> di
     """{module: the sum of what the adapters change there, times their strengths}: exactly without a size, if all are LoRAs.
 
     Raises FinetuneError for what no product can hold or what depends on the base."""
-    from finetune.artifact import modules
     from finetune.change import core
     from finetune.lowrank import nearest, shrunk, total
     from finetune.train.adapters import check_finite
 
     by_stem: dict[str, list] = {}
     for path, artifact, strength in adapters:
-        if artifact.kind in ("embedding", "full", "vae", "control"):
+        if artifact.kind in (*WHOLE, "embedding"):
             raise FinetuneError(f"{path}: is no change of layers but of the kind {artifact.kind}: it stays a file of its own")
         check_finite(path, artifact)
         for (part, name), module in modules(artifact.tensors).items():
@@ -93,8 +89,9 @@ def summed(adapters: list[tuple[Path, Artifact, float]], size: Cut | None) -> di
             dependent = sorted({"dora_scale", "oft_blocks"} & module.keys())
             if dependent or "hada_w1_a" in module and KERNEL.fullmatch(name):
                 why = f"has {dependent[0]}: what it changes" if dependent else "is a LoHa: the kernel of its weight"
-                raise FinetuneError(f"{path}: {stem} {why} depends on the base\n    merge it into the base and take "
-                                    "the difference: finetune merge --base B --dtype float32 … --out M; finetune extract --base B --tuned M …")
+                raise FinetuneError(f"{path}: {stem} {why} depends on the base\n    merge it into the base and take the "
+                                    "difference: finetune merge --base B --dtype float32 … --out M; finetune extract --base B "
+                                    "--tuned M …")
             if "diff_b" in module or "diff" in module and module["diff"].ndim == 1:
                 raise FinetuneError(f"{path}: {stem} changes a bias or a norm, which no LoRA can hold\n    "
                                     "merge it into the base: finetune merge --base B …")

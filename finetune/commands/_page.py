@@ -136,7 +136,7 @@ def runs_tab(shown: gr.Blocks, started: Started, said: gr.Textbox) -> None:
 
 def refresh(chosen: list[str], step: float, seen: dict) -> list:
     """What is new since the last look. A run that has begun since is looked at; who looks at the newest preview follows it."""
-    rows = [row(folder) for folder in status.runs()]
+    rows = [status.row(folder) for folder in status.runs()]
     names, running = ([one["run"] for one in rows if state in one["state"]] for state in ("", "running"))
     begun = [run for run in running if run not in seen.get("running", [])]
     chosen = begun or [run for run in chosen if run in names] or ([] if seen else names[-1:])
@@ -152,13 +152,6 @@ def refresh(chosen: list[str], step: float, seen: dict) -> list:
            "previews": seen["previews"] if marks == seen.get("marks") else sheets(folders, step)}
     return [*(new if new != seen.get(key) else gr.skip() for key, new in now.items()),
             now | {"running": running, "steps": steps, "marks": marks}]
-
-
-def row(folder: Path) -> dict:
-    try:
-        return status.facts(RunFolder(folder, folder.name)) | {"trouble": ""}
-    except FinetuneError as e:
-        return {"run": str(folder), "state": "", "trouble": str(e)}
 
 
 def curves_of(folders: list[Path]) -> str:

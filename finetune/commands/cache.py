@@ -1,10 +1,13 @@
 """Encode what a recipe needs ahead of its runs; or say what the cache holds, or clear it."""
 
+import sys
+
+from finetune.commands._base import recipe_arguments
+from finetune.errors import FinetuneError
+
 
 def add_arguments(parser) -> None:
-    parser.add_argument("recipe", nargs="?", help="a recipe file; not with --status or --gc")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides",
-                        help="override a field of the recipe; can be repeated")
+    recipe_arguments(parser, "a recipe file; not with --status or --gc", nargs="?")
     parser.add_argument("--status", action="store_true", help="say where the cache is, how much it holds and of what")
     parser.add_argument("--gc", action="store_true", help="remove what no run has used for a while")
     parser.add_argument("--older-than", type=float, default=30, metavar="DAYS", help="how long that is; 30 by default")
@@ -12,8 +15,6 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     """Build, clear or describe. FinetuneError for a recipe that is wrong and a folder that cannot be written."""
-    from finetune.errors import FinetuneError
-
     if bool(args.recipe) == (args.status or args.gc):
         raise FinetuneError("finetune cache wants a recipe, or else --status or --gc")
     if args.recipe:
@@ -34,7 +35,6 @@ def run(args) -> int:
 
 def build(recipe: str, overrides: list[str]) -> int:
     """Encode what is missing, in as many processes as the launcher was told to start."""
-    import sys
 
     from finetune.data import cache
     from finetune.recipe import load
@@ -71,4 +71,5 @@ def describe() -> None:
     for kind, (entries, size) in sorted(cache.contents(cache.home()).items()):
         print(f"{kind:<9} {entries:,} entries, {size / 1e6:,.1f} MB")
     for kind, paths in memory.contents().items():
-        print(f"{kind:<9} {len(paths):,} {'files' if kind == 'index' else 'folders'}, {sum(map(memory.size, paths)) / 1e6:,.1f} MB")
+        what, size = "files" if kind == "index" else "folders", sum(map(memory.size, paths))
+        print(f"{kind:<9} {len(paths):,} {what}, {size / 1e6:,.1f} MB")

@@ -2,7 +2,13 @@
 
 What it says is the column `synthetic`, in a table of its own, synthetic.jsonl."""
 
+import json
+import os
+import sys
 from pathlib import Path
+
+from finetune.disk import writing
+from finetune.errors import FinetuneError, refuse
 
 ADVICE = ("an image-to-text model of transformers is needed, with its weights as safetensors: a local folder or a hub id, "
           "such as Salesforce/blip-image-captioning-large")
@@ -12,28 +18,24 @@ def add_arguments(parser) -> None:
     parser.add_argument("pictures", type=Path, help="a folder of pictures; what has a synthetic caption keeps it")
     parser.add_argument("--model", required=True, metavar="PATH|ID", help=ADVICE)
     parser.add_argument("--prompt", metavar="WORDS", help="what the model is told: how captions begin (of BLIP), the task (of "
-                        "Florence-2: <CAPTION>), or the question to one that answers, which is asked for one sentence if it is "
-                        "not given")
+                        "Florence-2: <CAPTION>), or the question to one that answers, which is asked for one sentence if it "
+                        "is not given")
     parser.add_argument("--tokens", type=int, default=50, metavar="N", help="of a caption at the most, 50 if not given")
 
 
 def run(args) -> int:
     """The same command goes on after an interruption: each caption is on disk once it is made."""
-    import json
-    import os
-    import sys
 
     from tqdm import tqdm
 
     from finetune.commands.new import look
     from finetune.data import pictures
     from finetune.data.folders import SYNTHETIC, Folder
-    from finetune.errors import FinetuneError, refuse
 
     if args.tokens < 1:
         raise FinetuneError(f"--tokens {args.tokens}: at least 1")
     out = args.pictures / os.fsdecode(SYNTHETIC)
-    try:
+    with writing(f"{out}:"):
         if out.exists() and (last := out.read_bytes().rpartition(b"\n")[2]):
             try:
                 json.loads(last)
@@ -55,8 +57,6 @@ def run(args) -> int:
                 if caption := captioner.caption(pictures.read(index.read(i), index.name(i))):
                     print(json.dumps({"file_name": names[i], "synthetic": caption}, ensure_ascii=False), file=file, flush=True)
                     made += 1
-    except OSError as e:
-        raise FinetuneError(f"{out}: cannot be written: {e.strerror}") from None
     silent = f", of {len(todo) - made} it said nothing" if made < len(todo) else ""
     print(f"{made} pictures captioned in {out}, {len(index) - len(todo)} were before{silent}\n"
           "a template names them {synthetic}")

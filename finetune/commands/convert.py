@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from finetune import registry
+from finetune.commands._lora import new_file
+from finetune.formats import base as formats
+
 
 def add_arguments(parser) -> None:
     parser.add_argument("file", type=Path, help="an adapter in any format that is read")
@@ -11,15 +15,8 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from finetune import registry
-    from finetune.errors import FinetuneError
-    from finetune.formats import base as formats
-
     registry.check("formats", args.to)
-    if args.out.exists():
-        raise FinetuneError(f"--out {args.out}: is there already; it is not overwritten")
-    if args.out.suffix != ".safetensors" or not args.out.parent.is_dir():
-        raise FinetuneError(f"--out {args.out}: a .safetensors file in an existing folder is needed")
+    new_file(args.out)
     spec = registry.find("families", formats.family_of(args.file, args.family)).SPEC
     formats.save(formats.load(args.file, spec), args.out, args.to, spec)
     print(args.out)

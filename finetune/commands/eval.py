@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from finetune import registry
 from finetune.commands import _base
+from finetune.commands.sample import check_free
+from finetune.disk import write_json
+from finetune.errors import FinetuneError
 
 
 def add_arguments(parser) -> None:
-    from finetune import registry
-
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER|RUN",
                         help="a file, FILE:STRENGTH, or a run folder with all it trained")
     _base.add_arguments(parser)
@@ -15,8 +17,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--seeds", type=int, default=4, metavar="N",
                         help="pictures of each prompt, with the seeds 0, 1, …; 4 if not given")
     parser.add_argument("--metric", action="append", default=[], metavar="NAME[:MODEL]", dest="metrics",
-                        help="can be repeated; if left out, all that what is given allows. MODEL is a local folder or a hub id of "
-                             f"transformers; `pixels` looks without a network. Metrics: {', '.join(registry.names('metrics'))}")
+                        help="can be repeated; if left out, all that what is given allows. MODEL is a local folder or a hub "
+                             "id of transformers; `pixels` looks without a network. Metrics: "
+                             + ", ".join(registry.names("metrics")))
     parser.add_argument("--images", metavar="FOLDER", help="training pictures: for clip_i, dino, copying, kid and fid")
     parser.add_argument("--plain", type=Path, metavar="FILE", help="prompts that name nothing that was learned: for drift")
     parser.add_argument("--steps", type=int, help="25 if not given")
@@ -31,8 +34,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from finetune.commands.sample import check_free
-    from finetune.errors import FinetuneError
     from finetune.train.jobs import jobs, read
 
     if args.batch < 1 or args.seeds < 1:
@@ -43,7 +44,6 @@ def run(args) -> int:
     wanted, plain = (jobs(read(file), given) if file else [] for file in (args.prompts, args.plain))
 
     from finetune import device
-    from finetune.runfolder import write_json
     from finetune.train import adapters, evaluate, sampling
 
     who = evaluate.subjects(args.adapters)
@@ -68,7 +68,8 @@ def run(args) -> int:
         for todo, places, what in ((wanted, files, ""), (plain, plainly, ", plain")):
             if todo:
                 _base.make(places[one.name][0].parent)
-                evaluate.paint(family, loaded[one.name], todo, places[one.name], args.batch, f"{one.name}{what}")
+                for _ in sampling.paint(family, loaded[one.name], todo, places[one.name], args.batch, f"{one.name}{what}"):
+                    pass
     found = evaluate.measure(metrics, eyes, evaluate.painted(wanted, files, plainly, learned))
     evaluate.sheet(wanted, files).save(args.out / "sheet.png")
     copies = []

@@ -1,14 +1,20 @@
 """Extract the nearest LoRA to what training has changed in a full model."""
 
+from functools import partial
 from pathlib import Path
 
+from finetune import registry
+from finetune.artifact import Artifact, published, read_header
+from finetune.commands import _lora
+from finetune.commands._base import dtype
+from finetune.errors import FinetuneError
+from finetune.families._original import NEEDLESS
+from finetune.formats import base as formats
 
 TABLES = ("_embedding", "shared", "embed_tokens", "relative_attention_bias")     # whose rows are looked up: no layers
 
 
 def add_arguments(parser) -> None:
-    from finetune.commands import _lora
-
     parser.add_argument("--base", required=True, help="`tiny`, a diffusers folder, a .safetensors file or a hub id")
     parser.add_argument("--tuned", required=True, help="the same model after training, likewise")
     _lora.cut_arguments(parser, required=True)
@@ -20,12 +26,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from finetune import registry
-    from finetune.artifact import Artifact
-    from finetune.commands import _lora
-    from finetune.commands._base import dtype
     from finetune.families import base as families
-    from finetune.formats import base as formats
     from finetune.lowrank import differences, error, packed
 
     size, target, spec = _lora.cut(args), dtype(args.dtype), registry.find("families", args.family).SPEC
@@ -47,9 +48,6 @@ def pairs(base, tuned, spec):
     """(canonical name, before, after) of each tensor of the denoiser and the text encoders, one at a time.
 
     Raises FinetuneError when the two models do not have the same."""
-    from finetune.errors import FinetuneError
-    from finetune.families._original import NEEDLESS
-
     for part, component in spec.components.items():
         if part == "vae" or not (base.has(component) and tuned.has(component)):     # T5 may be missing
             continue
@@ -68,10 +66,7 @@ def pairs(base, tuned, spec):
 
 def readers(source, component: str) -> dict:
     """{name of a tensor: what reads it} of a component in a file, in a folder or on the hub, in its widest variant."""
-    from functools import partial
 
-    from finetune.artifact import published, read_header
-    from finetune.errors import FinetuneError
     from finetune.families import _single
     from finetune.families.base import Unreachable
 

@@ -10,12 +10,11 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from finetune.artifact import read_header, weights_of
+from finetune.artifact import MEASURED, read_header, weights_of
 from finetune.commands import _bars
 from finetune.errors import FinetuneError
 from finetune.formats.base import identify
 
-MEASURED = ("lora", "loha", "lokr", "difference")       # as in train/norms.py, which imports torch
 LONGEST_VALUE = 2000  # characters of one metadata value on the screen; --json has them all
 
 
@@ -43,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
             raise FinetuneError(f"--plot {args.plot}: there are no norms to draw: {why}")
         from finetune.train.norms import block_of
 
-        layers = {block: [norm for layer, norm in facts["layers"].items() if block_of(layer) == block] for block in facts["norms"]}
+        layers = {block: [] for block in facts["norms"]}
+        for layer, norm in facts["layers"].items():
+            layers[block_of(layer)].append(norm)
         _bars.draw(args.plot, f"{args.file.name}: norm of the change at strength 1, by block", facts["norms"], layers)
     print(json.dumps(facts, indent=2, ensure_ascii=False) if args.json else table(facts, args.keys))
     return 0

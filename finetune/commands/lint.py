@@ -1,24 +1,23 @@
 """Say what is wrong or odd about a recipe's data, before a second is spent on training."""
 
 import json
+import sys
 from dataclasses import asdict
 from itertools import groupby
 
+from finetune.commands._base import recipe_arguments
 from finetune.terminal import folded
 
 SHOWN = 5       # notes of one kind on the screen; --json has them all
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("recipe", help="a recipe file")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides",
-                        help="override a field of the recipe; can be repeated")
+    recipe_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
 
 def run(args) -> int:
     """Print what was found: 0 is nothing, 1 only warnings, 2 what training would refuse."""
-    import sys
 
     from finetune.recipe import load
 

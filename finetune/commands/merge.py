@@ -1,20 +1,24 @@
 """Merge adapters into a base, or without a base into one adapter."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from finetune.commands import _base
+from finetune import registry
+from finetune.artifact import Artifact, modules, read_header
+from finetune.commands import _base, _lora
+from finetune.errors import FinetuneError
+from finetune.formats import base as formats
+from finetune.formats import single_file
 
 
 def add_arguments(parser) -> None:
-    from finetune.commands import _lora
-
     _base.add_arguments(parser, "; without it the adapters become one adapter")
     parser.add_argument("--adapter", action="append", required=True, metavar="FILE[:STRENGTH]", help="can be repeated")
     parser.add_argument("--dtype", help="of the written weights: float32, bfloat16 or float16; if not given, "
                                         "float16 for a model and the widest of the adapters' own for an adapter")
     parser.add_argument("--out", type=Path, required=True, metavar="PATH",
-                        help="a folder that does not exist yet, or a .safetensors file in the original naming, which every tool reads; "
-                             "of an adapter a .safetensors file")
+                        help="a folder that does not exist yet, or a .safetensors file in the original naming, which every "
+                             "tool reads; of an adapter a .safetensors file")
     one = parser.add_argument_group("several adapters into one", "Without --base. LoRAs are added up exactly, and their ranks "
                                     "with them; with a size, as near as that allows, and the error is said.")
     _lora.cut_arguments(one, required=False)
@@ -22,8 +26,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from finetune.commands import _lora
-    from finetune.errors import FinetuneError
     from finetune.train.adapters import named
 
     size, adapters = _lora.cut(args), [named(text) for text in args.adapter]
@@ -36,10 +38,7 @@ def run(args) -> int:
 def into_base(args, adapters: list[tuple[Path, float]]) -> int:
     import torch
 
-    from finetune.errors import FinetuneError
     from finetune.families import base as families
-    from finetune.formats import base as formats
-    from finetune.formats import single_file
     from finetune.train.adapters import check_finite
 
     if args.out.exists():
@@ -75,10 +74,6 @@ def into_base(args, adapters: list[tuple[Path, float]]) -> int:
 
 def by_module(adapters: list) -> dict[tuple[str, str], list]:
     """{(part, module path): the adapters, each with no more than what it changes there}"""
-    from dataclasses import replace
-
-    from finetune.artifact import modules
-
     pieces: dict[tuple, list] = {}
     for artifact, strength in adapters:
         for (part, path), roles in modules(artifact.tensors).items():
@@ -88,11 +83,6 @@ def by_module(adapters: list) -> dict[tuple[str, str], list]:
 
 
 def into_one(args, adapters: list[tuple[Path, float]], size) -> int:
-    from finetune import registry
-    from finetune.artifact import Artifact, read_header
-    from finetune.commands import _lora
-    from finetune.errors import FinetuneError
-    from finetune.formats import base as formats
     from finetune.lowrank import packed
 
     _lora.new_file(args.out)

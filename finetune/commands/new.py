@@ -1,11 +1,16 @@
 """Look at a folder of pictures and write a short recipe for it, with reasons."""
 
-import argparse
 import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from finetune import registry
+from finetune.commands import lint
+from finetune.commands.plan import size
+from finetune.disk import write_text, writing
+from finetune.errors import FinetuneError, nearest
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,15 @@ def add_arguments(parser) -> None:
     parser.add_argument("--goal", choices=("style", "subject", "concept"), default="style",
                         help="a way of drawing; one person, animal or thing; a new word for what the base can draw already")
     parser.add_argument("--word", help="the word that will call it; made from the folder's name if left out")
-    parser.add_argument("--class", dest="kind", metavar="WORDS", help="of a subject or concept: what kind of thing it is, as in dog")
-    parser.add_argument("--vram", type=gigabytes, metavar="8GB", help="memory of the GPU")
+    parser.add_argument("--class", dest="kind", metavar="WORDS",
+                        help="of a subject or concept: what kind of thing it is, as in dog")
+    parser.add_argument("--vram", metavar="8GB", help="memory of the GPU")
     parser.add_argument("--out", type=Path, metavar="FILE", help="NAME-GOAL.yaml of the folder if left out")
 
 
 def run(args) -> int:
     """Write the recipe and print what lint says of it; the exit code is lint's, but for warnings."""
-    from finetune.commands import lint
-    from finetune.errors import FinetuneError
     from finetune.recipe import load
-    from finetune.runfolder import write_text
 
     name = re.sub(r"[^a-z0-9]+", "-", args.pictures.resolve().name.lower()).strip("-") or "mine"
     out = args.out or Path(f"{name}-{args.goal}.yaml")
@@ -56,10 +59,8 @@ def run(args) -> int:
         raise FinetuneError(f"{out} is there already; --out FILE writes another")
     say = lambda line: print(line, file=sys.stderr)     # noqa: E731
     base, index = known(args.base), look(args.pictures, say)
-    try:
+    with writing(str(out)):
         write_text(out, text(args, name, base, index, out))
-    except OSError as e:
-        raise FinetuneError(f"{out} cannot be written: {e.strerror}") from None
     from finetune.train.lint import lint as look_closer
 
     report = look_closer(load(out, []).recipe, say)
@@ -73,7 +74,6 @@ def look(pictures: Path, say):
     from finetune.data.index import build
     from finetune.data.pictures import Reading
     from finetune.data.sources import Source
-    from finetune.errors import FinetuneError
 
     index = build([Source(str(pictures))], Reading(), None, say, False, "pictures")
     if not len(index):
@@ -84,9 +84,6 @@ def look(pictures: Path, say):
 
 def known(base: str) -> Known:
     """The base of that name, or what a folder says it is. Raises FinetuneError for neither."""
-    from finetune import registry
-    from finetune.errors import FinetuneError, nearest
-
     if base in BASES:
         registry.check("families", BASES[base].family)
         return BASES[base]
@@ -112,8 +109,9 @@ def text(args, name: str, base: Known, index, out: Path) -> str:
     columns = set.intersection(*(set(index.columns(i)) for i in range(min(count, 1000))))
     captioned = next((f"{{{name}}}" for name in ("text", "synthetic") if name in columns), "")
     kind = args.kind or "thing"
-    word = args.word or {"style": f"{name.removesuffix('style').strip('-') or 'my'} style", "subject": f"zwx {kind}", "concept": f"my-{name}"}[goal]
-    batch, checkpointing = fitting(base, args.vram)
+    word = args.word or {"style": f"{name.removesuffix('style').strip('-') or 'my'} style", "subject": f"zwx {kind}",
+                         "concept": f"my-{name}"}[goal]
+    batch, checkpointing = fitting(base, size(args.vram) / 2**30 if args.vram else 12)
     accumulation = max(1, round((4 if goal == "style" else 2) / batch))
     steps = min(MOST, max(LEAST, -(-count * SEEN // (batch * accumulation) // 50) * 50))
     caption = f"{captioned}, in {word}".removeprefix(", ") if goal == "style" else captioned or f"a photo of {word}"
@@ -126,7 +124,8 @@ def text(args, name: str, base: Known, index, out: Path) -> str:
              f"  images: {quote(str(args.pictures))}",
              f"  resolution: {base.resolution}" + "      # what the base was made for"]
     if shapes:
-        lines.append(f"  buckets: {{step: {shapes}}}      # the pictures have different shapes: nothing has to be cut to a square")
+        lines.append(f"  buckets: {{step: {shapes}}}      # the pictures have different shapes: nothing has to be cut to a "
+                     "square")
     lines.append(f"  caption: {{template: {quote(caption)}{trigger}, dropout: 0.1}}"
                  + ("" if captioned else "      # no captions were found: all pictures get this one"))
     if goal == "subject":
@@ -139,10 +138,13 @@ def text(args, name: str, base: Known, index, out: Path) -> str:
         rank, targets = (8, "[all, conv]") if tiny else (16, "[all]")
         lines.append(f"method: {{kind: lora, rank: {rank}, alpha: {rank}, targets: {targets}}}")
     if not tiny:
-        lines.append("objective: {weighting: {kind: min_snr, gamma: 5}}" if base.family != "sd3" else "objective: {timesteps: logit_normal}")
-    lines += ["train:", f"  max_steps: {steps}      # each picture is seen about {steps * batch * accumulation / count:.0f} times",
+        objective = "timesteps: logit_normal" if base.family == "sd3" else "weighting: {kind: min_snr, gamma: 5}"
+        lines.append(f"objective: {{{objective}}}")
+    seen = steps * batch * accumulation / count
+    lines += ["train:", f"  max_steps: {steps}      # each picture is seen about {seen:.0f} times",
               f"  batch_size: {batch}", *([f"  gradient_accumulation: {accumulation}"] if accumulation > 1 else []),
-              f"  learning_rate: {5e-3 if goal == 'concept' else base.rate:g}", "  schedule: cosine", f"  warmup_steps: {min(50, steps // 10)}"]
+              f"  learning_rate: {5e-3 if goal == 'concept' else base.rate:g}", "  schedule: cosine",
+              f"  warmup_steps: {min(50, steps // 10)}"]
     if not tiny:
         lines += ["  mixed_precision: bf16"]
     if checkpointing:
@@ -153,11 +155,11 @@ def text(args, name: str, base: Known, index, out: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def fitting(base: Known, vram: float | None) -> tuple[int, bool]:
+def fitting(base: Known, vram: float) -> tuple[int, bool]:
     """Batch size, and whether activations have to be computed twice."""
     if base.path == "tiny":
         return LARGEST, False
-    room = (vram or 12) - base.weights - 1
+    room = vram - base.weights - 1
     if room >= 4 * 3 * base.gigabytes:
         return 4, False
     return max(1, min(4, int(room / base.gigabytes))), True
@@ -167,10 +169,3 @@ def buckets(index, resolution: int) -> int | None:
     """The step of the buckets when a tenth of the pictures is far from square."""
     long = sum(max(w, h) > 1.15 * min(w, h) for w, h in zip(index.width.tolist(), index.height.tolist()))
     return min(64, resolution // 4) if long > len(index) / 10 else None
-
-
-def gigabytes(words: str) -> float:
-    found = re.fullmatch(r"(\d+(\.\d+)?)\s*(GB|GiB|G)?", words, re.IGNORECASE)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{words!r} is no amount of memory, as 8GB is")
-    return float(found[1])

@@ -1,16 +1,18 @@
 """Say how much memory a recipe needs, whether it fits, and what would make it fit."""
 
 import json
+import re
+import textwrap
 from dataclasses import asdict
 
+from finetune.commands._base import recipe_arguments
 from finetune.commands.status import clock
+from finetune.errors import FinetuneError
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("recipe", help="a recipe file")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides",
-                        help="override a field of the recipe; can be repeated")
-    parser.add_argument("--vram", metavar="SIZE", 
+    recipe_arguments(parser)
+    parser.add_argument("--vram", metavar="SIZE",
                         help="the memory that it has to fit in, such as 8GB; this machine's if left out")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
@@ -29,14 +31,10 @@ def run(args) -> int:
 
 
 def size(text: str) -> int:
-    """Bytes of `8GB`, which is 8 · 2³⁰ as memory is sold. FinetuneError for what is no size."""
-    import re
-
-    from finetune.errors import FinetuneError
-
-    if not (found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(G|M)(i?B)?", text, re.IGNORECASE)):
+    """Bytes of `8GB`, or `8`, which is 8 · 2³⁰ as memory is sold. FinetuneError for what is no size."""
+    if not (found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(G|M)?(i?B)?", text, re.IGNORECASE)):
         raise FinetuneError(f"--vram {text}: a size such as 8GB or 6000MB")
-    return int(float(found[1]) * 2 ** (30 if found[2].upper() == "G" else 20))
+    return int(float(found[1]) * 2 ** (20 if found[2] in ("M", "m") else 30))
 
 
 def plan(recipe: str, overrides: list[str], room: int) -> dict:
@@ -44,8 +42,8 @@ def plan(recipe: str, overrides: list[str], room: int) -> dict:
     import torch
 
     from finetune import device
-    from finetune.errors import FinetuneError
     from finetune.recipe import load
+    from finetune.train.lean import wanted
     from finetune.train.plan import LEVERS, needs
 
     def need(levers: list[str]):
@@ -54,7 +52,7 @@ def plan(recipe: str, overrides: list[str], room: int) -> dict:
     plain, saves = need([]), {}
     now = load(recipe, overrides).recipe
     idle = {"base.quantize=int8": bool(now.base.quantize), "base.quantize=nf4": bool(now.base.quantize),
-            "train.gradient_checkpointing=true": now.train.gradient_checkpointing,
+            "train.lean=true": wanted(now.train, device.best()), "train.gradient_checkpointing=true": now.train.gradient_checkpointing,
             "train.batch_size=1": now.train.batch_size == 1, "base.dtype=bfloat16": now.base.dtype != "float32",
             "train.optimizer=adamw8bit": now.train.optimizer.endswith("8bit"),
             "every.preview=0": not now.every.preview, "data.crop=center": now.data.crop != "random"}
@@ -87,8 +85,6 @@ def gib(size: int) -> str:
 
 def levers(found: dict) -> list[str]:
     """Lines on what each lever saves and costs."""
-    import textwrap
-
     lines = []
     for lever in found["levers"]:
         saved = gib(lever["saves"]) if lever["saves"] > 0 else "    nothing"
@@ -105,7 +101,8 @@ def table(found: dict) -> str:
     lines += [f"  {phase:<15}{gib(size)}" + ("   <- the most" if size == found["peak"] else "")
               for phase, size in found["phases"].items()]
     lines += ["", f"room             {gib(found['room'])}   less what process and driver take"]
-    lines += ["", f"a step           {found['flops'] / 1e12:7.2f} TFLOP; products of matrices reach {found['product_rate'] / 1e12:.2f} TFLOP/s here,",
+    lines += ["", f"a step           {found['flops'] / 1e12:7.2f} TFLOP; products of matrices reach "
+                  f"{found['product_rate'] / 1e12:.2f} TFLOP/s here,",
               f"                 so all steps take at least {clock(found['least_seconds'])}"]
     if found["levers"]:
         lines += ["", "levers, each by itself", *levers(found)]

@@ -1,6 +1,9 @@
 """Put a run onto the Hugging Face hub, with a card that says what it is."""
 
+import tempfile
 from pathlib import Path
+
+from finetune.errors import FinetuneError
 
 
 def add_arguments(parser) -> None:
@@ -13,8 +16,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    import tempfile
-
     from finetune.train import card
 
     card.check_name(args.to)
@@ -33,7 +34,6 @@ def upload(folder: Path, to: str, message: str) -> str:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-    from finetune.errors import FinetuneError
     from finetune.train.export import public
 
     unreachable = HfHubHTTPError.__bases__      # what its HTTP library raises, whichever it is

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from finetune.errors import FinetuneError
+from finetune.terminal import folded
+
 
 def add_arguments(parser) -> None:
     """Declare the command's arguments."""
@@ -14,7 +17,6 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     """List or copy. FinetuneError for an unknown name and for a target that exists or cannot be written."""
     from finetune.recipe import shipped
-    from finetune.terminal import folded
 
     if args.action == "copy":
         print(copy_to(shipped.find(args.name), args.to))
@@ -27,8 +29,6 @@ def run(args) -> int:
 
 def copy_to(recipe: Path, to: Path | None) -> Path:
     """Copy a recipe file and return where it went."""
-    from finetune.errors import FinetuneError
-
     target = to or Path(recipe.name)
     if target.is_dir():
         target = target / recipe.name

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from finetune.runfolder import RunFolder
+
 
 def add_arguments(parser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
@@ -9,12 +11,10 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from finetune.errors import FinetuneError
     from finetune.train import report
 
     for folder in args.runs:
-        if not (folder / "run.json").is_file():
-            raise FinetuneError(f"{folder} is no run folder: it has no run.json")
+        RunFolder.of(folder)
     out = args.out or (args.runs[0] / report.NAME if len(args.runs) == 1 else Path(report.NAME))
     print(report.write(args.runs, out))
     return 0

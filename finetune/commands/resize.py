@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+from finetune import registry
+from finetune.artifact import Artifact, read_header
+from finetune.commands import _lora
+from finetune.formats import base as formats
+
 
 def add_arguments(parser) -> None:
-    from finetune.commands import _lora
-
     parser.add_argument("file", type=Path, help="a LoRA, or an adapter of another kind whose change needs no base")
     _lora.cut_arguments(parser, required=True)
     parser.add_argument("--dtype", help="of the written tensors: float32, bfloat16 or float16; the file's own if not given")
@@ -15,10 +18,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from finetune import registry
-    from finetune.artifact import Artifact, read_header
-    from finetune.commands import _lora
-    from finetune.formats import base as formats
     from finetune.lowrank import error, packed
 
     size = _lora.cut(args)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from finetune.commands import _base
+from finetune.errors import FinetuneError
 
 OF_A_JOB = ("negative", "seed", "count", "steps", "guidance", "size", "image", "condition", "mask",
             "strength", "upscale")      # a file may say otherwise
@@ -25,8 +26,10 @@ def add_arguments(parser) -> None:
     parser.add_argument("--count", type=int, help="pictures per prompt and image")
     parser.add_argument("--steps", type=int, help="25 if not given")
     parser.add_argument("--guidance", type=float, help="5 if not given; 1 is without")
-    parser.add_argument("--size", metavar="WxH", help="in pixels; if not given the base's own, or the shape of the --image in it")
-    parser.add_argument("--image", type=Path, metavar="FILE|DIR", help="change this picture, or each of a folder, as the prompt says")
+    parser.add_argument("--size", metavar="WxH",
+                        help="in pixels; if not given the base's own, or the shape of the --image in it")
+    parser.add_argument("--image", type=Path, metavar="FILE|DIR",
+                        help="change this picture, or each of a folder, as the prompt says")
     parser.add_argument("--condition", type=Path, metavar="FILE|DIR",
                         help="what a control branch, given as --adapter, follows: a picture, or each of a folder")
     parser.add_argument("--mask", type=Path, metavar="FILE|DIR",
@@ -35,19 +38,20 @@ def add_arguments(parser) -> None:
                         help="how much of the --image is changed, above 0 up to 1; 0.8 if not given, 1 with a --mask. "
                              "(--strengths are factors of the adapters)")
     parser.add_argument("--upscale", action="store_true", default=None, help="enlarge the --image, with a base made for that")
-    parser.add_argument("--scheduler", metavar="NAME", help="any diffusers scheduler by its class name; the base's own if not given")
+    parser.add_argument("--scheduler", metavar="NAME",
+                        help="any diffusers scheduler by its class name; the base's own if not given")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    parser.add_argument("--batch", type=int, default=8, help="pictures sampled together; no picture depends on it, but for rounding")
+    parser.add_argument("--batch", type=int, default=8,
+                        help="pictures sampled together; no picture depends on it, but for rounding")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the PNGs go")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="also lay all of them out as one labelled picture")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there already")
 
 
 def run(args) -> int:
-    from finetune.errors import FinetuneError
     from finetune.train.jobs import jobs, read
 
-    changes = _base.changes(args)
+    _base.changes(args)
     if args.batch < 1:
         raise FinetuneError(f"--batch {args.batch}: at least 1")
     if args.grid and args.grid.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -59,9 +63,8 @@ def run(args) -> int:
                       for number, job in enumerate(wanted)] for factor in factors}
     check_free([*sum(files.values(), []), *([args.grid] if args.grid else [])], args.overwrite)
 
-    from finetune import __version__, device
+    from finetune import device
     from finetune.train import adapters, sampling
-    from finetune.train.infotext import png_info
     from finetune.train.preview import grid
 
     named = [adapters.named(text) for text in args.adapter]
@@ -78,19 +81,8 @@ def run(args) -> int:
     columns = []
     for factor, paths in files.items():
         say = f"strength {factor:g}" if loaded else "sample"
-        columns.append([])
-        with adapters.on(family, loaded, factor):
-            pipeline = family.pipeline()
-            pipeline.scheduler = scheduler or pipeline.scheduler
-            facts = {"base": family.source.name, "scheduler": type(pipeline.scheduler).__name__, "version": __version__,
-                     "clip_skip": changes.clip_skip, "parts": {part: Path(path).name for part, path in changes.parts.items()},
-                     "adapters": {each.path.name: each.strength * factor for each in loaded}}
-            loras = {each.path.stem: each.strength * factor for each in loaded if each.artifact.kind == "lora" and factor}
-            for job, path, picture in zip(wanted, paths, sampling.generate(pipeline, wanted, args.batch, say)):
-                size = {"size": f"{picture.width}x{picture.height}"}        # of a job that is upscaled it is the small picture's
-                sampling.write(picture, path, png_info(job.facts() | facts | size, loras))
-                if args.grid:
-                    columns[-1].append(picture)
+        found = sampling.paint(family, loaded, wanted, paths, args.batch, say, factor, scheduler)
+        columns.append([picture for picture in found if args.grid])
     if args.grid:
         labels = [f"strength {factor:g}" if loaded and factor else "base" for factor in files]
         rows = [f"{job.prompt} · seed {job.seed}" for job in wanted]
@@ -102,22 +94,21 @@ def run(args) -> int:
 
 def strengths(args) -> list[float]:
     """The factors of the adapters, each once."""
-    from finetune.errors import FinetuneError
     from finetune.train.adapters import finite
 
     try:
         found = list(dict.fromkeys(finite(word) for word in args.strengths.split(",")))
     except ValueError:
-        raise FinetuneError(f"--strengths {args.strengths}: numbers with commas between them are needed, as in 0,0.5,1") from None
+        raise FinetuneError(f"--strengths {args.strengths}: numbers with commas between them are needed, "
+                            "as in 0,0.5,1") from None
     if found != [1] and not args.adapter:
-        raise FinetuneError(f"--strengths {args.strengths}: they are of adapters, and there is none; of an --image it is --strength")
+        raise FinetuneError(f"--strengths {args.strengths}: they are of adapters, and there is none; "
+                            "of an --image it is --strength")
     return found
 
 
 def check_free(files: list[Path], overwrite: bool) -> None:
     """Raise FinetuneError for a file that is there already, unless it may be replaced."""
-    from finetune.errors import FinetuneError
-
     there = [file for file in files if file.exists()]
     if there and not overwrite:
         raise FinetuneError(f"{there[0]}{f' and {len(there) - 1} more' * (len(there) > 1)}: there already, and not replaced; "

@@ -1,6 +1,10 @@
 """Say what is running in a run folder, or in all of runs/: step, loss, speed, time left."""
 
+import json
 from pathlib import Path
+
+from finetune.errors import FinetuneError
+from finetune.runfolder import RunFolder
 
 
 def add_arguments(parser) -> None:
@@ -9,26 +13,24 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    import json
-
-    from finetune.errors import FinetuneError
-    from finetune.runfolder import RunFolder
-
-    folders = [args.run] if args.run else runs()
-    if args.run and not (args.run / "run.json").is_file():
-        raise FinetuneError(f"{args.run} is no run folder: it has no run.json")
-    rows = [facts(RunFolder(folder, folder.name)) for folder in folders]
+    rows = [row(folder) for folder in ([RunFolder.of(args.run).root] if args.run else runs())]
+    if args.run and "trouble" in rows[0]:
+        raise FinetuneError(rows[0]["trouble"])
     if args.json:
         print(json.dumps(rows, indent=1))
     elif not rows:
         print("no runs in runs/")
-    for row in rows if not args.json else []:
-        name, speed = row["run"] if len(row["run"]) <= 22 else f"…{row['run'][-21:]}", row["images_per_second"]
-        words = [f"{name:<22} {row['state']:<8} {row['step']}/{row['max_steps']}",
-                 *([] if row["loss"] is None else [f"loss {row['loss']:.4f}"]), *([f"{speed:.3g} img/s"] if speed else []),
-                 *([] if row["seconds_left"] is None else [f"{clock(row['seconds_left'])} left"])]
-        print("  ".join(words))
+    for one in rows if not args.json else []:
+        name = one["run"] if len(one["run"]) <= 22 else f"…{one['run'][-21:]}"
+        print(f"{name:<22} {one['state']:<8} {one['trouble'] if 'trouble' in one else progress(one)}")
     return 0
+
+
+def progress(row: dict) -> str:
+    speed = row["images_per_second"]
+    return "  ".join([f"{row['step']}/{row['max_steps']}", *([] if row["loss"] is None else [f"loss {row['loss']:.4f}"]),
+                      *([f"{speed:.3g} img/s"] if speed else []),
+                      *([] if row["seconds_left"] is None else [f"{clock(row['seconds_left'])} left"])])
 
 
 def runs() -> list[Path]:
@@ -36,7 +38,16 @@ def runs() -> list[Path]:
     return sorted(path.parent for path in Path("runs").glob("*/run.json"))
 
 
-def facts(folder) -> dict:
+def row(folder: Path) -> dict:
+    """What the folder's files say, or, of damaged ones, what the trouble is."""
+    try:
+        return facts(RunFolder(folder, folder.name))
+    except (FinetuneError, OSError, LookupError, TypeError, ValueError) as e:
+        trouble = str(e) if isinstance(e, FinetuneError) else f"{folder} is damaged: {e!r}"
+        return {"run": str(folder), "state": "damaged", "trouble": trouble}
+
+
+def facts(folder: RunFolder) -> dict:
     """What the folder's files say; a run without a holder is finished or stopped."""
     exact = folder.known()["exact"]
     train = exact["recipe"]["train"]

@@ -1,6 +1,13 @@
 """Stop a run after the step it is in, and save it; the same train command continues."""
 
+import os
+import signal
+import socket
+import time
 from pathlib import Path
+
+from finetune.errors import FinetuneError
+from finetune.runfolder import RunFolder
 
 
 def add_arguments(parser) -> None:
@@ -9,14 +16,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    import os
-    import signal
-    import socket
-    import time
-
-    from finetune.errors import FinetuneError
-    from finetune.runfolder import RunFolder
-
     folder = RunFolder(args.run, args.run.name)
     owner = folder.owner()
     if owner is None:
@@ -30,7 +29,8 @@ def run(args) -> int:
     end = time.monotonic() + args.wait
     while folder.owner():
         if time.monotonic() > end:
-            raise FinetuneError(f"{args.run}: process {owner['pid']} still runs after {args.wait:g} s; it stops after its step")
+            raise FinetuneError(f"{args.run}: process {owner['pid']} still runs after {args.wait:g} s; it stops after its "
+                                "step")
         time.sleep(0.1)
     print(f"{args.run}: stopped and saved")
     return 0

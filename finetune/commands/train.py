@@ -1,25 +1,28 @@
 """Train what a recipe says; the same command again continues a stopped run."""
 
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+
+from finetune.artifact import read_tensors
+from finetune.commands._base import recipe_arguments
+from finetune.disk import write_json, write_text
+from finetune.errors import FinetuneError
+from finetune.runfolder import RunFolder
+from finetune.train import processes
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("recipe", help="a recipe file")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="overrides",
-                        help="override a field of the recipe; can be repeated")
+    recipe_arguments(parser)
     parser.add_argument("--run", type=Path, metavar="DIR", help="the run folder; runs/NAME of the recipe by default")
     parser.add_argument("--fresh", action="store_true", help="move an existing run folder aside and start anew")
 
 
 def run(args) -> int:
-    import signal
-    import sys
-    import time
-
-    from finetune.errors import FinetuneError
     from finetune.recipe import load
-    from finetune.runfolder import RunFolder
-    from finetune.train import processes
 
     def end(number: int, frame) -> None:
         """Outside of the steps nothing has to be saved: what was encoded or made so far is found again."""
@@ -45,20 +48,15 @@ def run(args) -> int:
         except device.OUT_OF_MEMORY as e:
             from finetune.commands.plan import levers, plan
 
-            saving = levers(plan(args.recipe, args.overrides, device.memory_bytes()))
-            raise FinetuneError("\n".join([str(e), "what needs less memory, beside a smaller data.resolution:", *saving])) from None
+            saving = "\n".join(levers(plan(args.recipe, args.overrides, device.memory_bytes())))
+            raise FinetuneError(f"{e}\nwhat needs less memory, beside a smaller data.resolution:\n{saving}") from None
         except OSError as e:
             raise FinetuneError(f"{e.filename or folder.root}: {e.strerror or e}; the checkpoints that are there stay, and the "
                                 "same command continues from the newest") from None
 
 
 def _train(loaded, args, folder, deadline: float) -> int:
-    from contextlib import nullcontext
-    from dataclasses import replace
-
-    from finetune.artifact import read_tensors
     from finetune.recipe import dump
-    from finetune.runfolder import write_json, write_text
     from finetune.train import best, loop, report, setup, trackers
 
     recipe = loaded.recipe
@@ -102,8 +100,10 @@ def _train(loaded, args, folder, deadline: float) -> int:
 
 def hand_over(run) -> None:
     """Write what was trained, prove it, and say so."""
+    from finetune import device
     from finetune.train import export, reconstruction, verify
 
+    device.spare_memory()       # of the steps: the proof loads parts again
     paths = export.write(run.method.export(export.metadata(run)), run.folder, run.recipe.export, run.family)
     proof = export.prove(run, paths)
     for path in paths:

@@ -1,6 +1,9 @@
 """Open a page in the browser, on this machine alone: live runs, adapters to try, recipes."""
 
 import os
+import tempfile
+
+from finetune.errors import FinetuneError
 
 
 def add_arguments(parser) -> None:
@@ -8,10 +11,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    import tempfile
-
-    from finetune.errors import FinetuneError
-
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with tempfile.TemporaryDirectory(prefix="finetune-ui-") as sampled:
         os.environ["GRADIO_TEMP_DIR"] = sampled     # read when gradio is imported; what it keeps there goes at the end

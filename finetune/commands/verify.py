@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+from finetune import registry
+from finetune.artifact import weights_of
 from finetune.commands import _base
+from finetune.errors import FinetuneError
+from finetune.formats import base as formats
+
 
 def add_arguments(parser) -> None:
     parser.add_argument("file", type=Path, help="an adapter")
@@ -19,10 +24,6 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     import torch
 
-    from finetune import registry
-    from finetune.artifact import weights_of
-    from finetune.errors import FinetuneError
-    from finetune.formats import base as formats
     from finetune.train import verify
 
     if not (file := weights_of(args.file)).is_file():

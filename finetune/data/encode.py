@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune import errors
 from finetune.batch import Conditioning
 from finetune.data.cache import Cache, Entry, Rows, key
 from finetune.data.captions import Captions
@@ -30,10 +31,7 @@ Cut = Callable[[str], str]      # a caption → the end of it that the text enco
 
 def refuse(problems: list[Note]) -> None:
     """Raise FinetuneError with the problems, if there are any."""
-    if problems:
-        shown = [f"{note.name}: {note.text}" for note in problems[:20]]
-        shown += [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise FinetuneError("\n    ".join(["data.images: not all can be trained", *shown]))
+    errors.refuse([f"{note.name}: {note.text}" for note in problems], "data.images: not all can be trained")
 
 
 def check_pictures(index: Index, sizes: np.ndarray) -> list[Note]:
@@ -108,7 +106,8 @@ def pictures(index: Index, sizes: np.ndarray, view: View, moments: Callable[[Ten
         if not found.isfinite().all():
             raise FinetuneError(f"{name}: the VAE gives latents that are not finite; try base.dtype: float32")
         if view.mask and not seen[1].any():
-            raise FinetuneError(f"{name}: its mask leaves nothing to train; remove the picture or set data.mask.unmasked_weight")
+            raise FinetuneError(f"{name}: its mask leaves nothing to train; remove the picture or set "
+                                "data.mask.unmasked_weight")
         return dict(zip(("moments", "mask"), (found, *seen[1:])))
 
     rows = Rows(cache or Cache(), "moments", keys(index, sizes, view, encoder), make)

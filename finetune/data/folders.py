@@ -85,13 +85,8 @@ class Files:
     sizes: list[int] = field(default_factory=list)
     stamps: list[int] = field(default_factory=list)
 
-    def add(self, name: bytes, status: os.stat_result) -> None:
-        self.names.append(name)
-        self.sizes.append(status.st_size)
-        self.stamps.append(stamp(status))
-
-    def add_all(self, entries: list[os.DirEntry]) -> None:
-        """The same of many that are no links; a million calls of `add` would take a second."""
+    def add(self, entries: list[os.DirEntry]) -> None:
+        """Many at once: a million calls would take a second."""
         for entry in entries:
             try:
                 status = entry.stat()
@@ -172,7 +167,7 @@ def look_into(root: bytes, folder: bytes, prefix: str) -> Found:
                     plain.append(entry)
                 else:
                     other.append((entry, name, suffix))
-        found.pictures.add_all(plain)
+        found.pictures.add(plain)
         for entry, name, suffix in other:
             if suffix in PICTURES or suffix in BESIDE or name in TABLES:
                 try:
@@ -183,9 +178,9 @@ def look_into(root: bytes, folder: bytes, prefix: str) -> Found:
                     continue
                 if stat.S_ISREG(status.st_mode):
                     if suffix in PICTURES:
-                        found.pictures.add(name, status)
+                        found.pictures.add([entry])
                     elif suffix in BESIDE:
-                        found.texts.add(name, status)
+                        found.texts.add([entry])
                     else:
                         found.tables.append((name, status.st_size, stamp(status)))
                     continue

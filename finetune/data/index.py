@@ -168,7 +168,8 @@ def paired(column: str, word: str, tables: list[pa.Table], places: list, folder:
     """The pictures with the files of their names in that column, and what is wrong with these."""
     noun, other, what = PAIRED[word]
     if not os.path.isdir(folder):
-        raise FinetuneError(f"{word}: there is no folder {folder}; it is {f'`{other}` or ' if other else ''}a folder of {noun}s")
+        either = f"`{other}` or " if other else ""
+        raise FinetuneError(f"{word}: there is no folder {folder}; it is {either}a folder of {noun}s")
     for place in places:
         if not isinstance(place, Folder):
             raise FinetuneError(f"{word}: {place.prefix} is no folder, and a folder of {noun}s goes with folders of "

@@ -67,10 +67,10 @@ class Stream:
     first: int = 0                      # position of its first example
 
     def crop(self, example: int, position: int) -> Crop:
-        where = CENTRE
+        where, size = CENTRE, tuple(self.sizes[example].tolist())
         if self.view.random_crop:
             where = tuple(noise.uniform(self.order.seed, position, f"crop {axis}") for axis in "yx")
-        return plan_crop(int(self.index.width[example]), int(self.index.height[example]), tuple(self.sizes[example].tolist()), where)
+        return plan_crop(int(self.index.width[example]), int(self.index.height[example]), size, where)
 
     def flipped(self, position: int) -> bool:
         return self.view.flip and noise.uniform(self.order.seed, position, "flip") < 0.5
@@ -109,7 +109,7 @@ class Stream:
                      torch.stack([entry["mask"] for entry in found]) if self.view.mask else None, conditioning, shown)
 
     def shown(self, where: tuple[int, int], pixels: Tensor | None, crop: Crop, flip: bool) -> Tensor:
-        """What the network is shown of the example at a position, see data/beside.py; its pixels may have been read already."""
+        """What the network is shown of the example at a position, see data/beside.py; its pixels may be read already."""
         (position, example), name = where, self.index.name(where[1])
         if self.view.shows == "condition":
             picture = pictures.read(self.index.read_beside(example, "shown"), f"the condition of {name}", self.view.reading)

@@ -6,7 +6,6 @@ behind is not there, and is found out anew."""
 import json
 import os
 import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from finetune.disk import replacing
 from finetune.errors import FinetuneError
 
 FORMAT = 2          # of the tables and of what is found out; another one is never read
@@ -92,11 +92,9 @@ class Memory:
     def save(self, kind: str, name: str, table: pa.Table) -> None:
         if not self.writable:
             return
-        staged = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, staged = tempfile.mkstemp(prefix=".", suffix=".part", dir=self.folder)
-            with open(handle, "r+b") as file:
+            with replacing(self._file(kind, name)) as staged, open(staged, "w+b") as file:
                 with pa.ipc.new_file(file, table.schema) as writer:
                     writer.write_table(table)
                 file.seek(0)
@@ -104,12 +102,19 @@ class Memory:
                 while block := file.read(2**20):
                     check = zlib.crc32(block, check)
                 file.write(check.to_bytes(CHECK_BYTES, "little"))
-            os.replace(staged, self._file(kind, name))
         except OSError as e:
             self.writable = False
             self.say(f"index     {self.folder} cannot be written: {e.strerror or e}; the next start reads all again")
-            if staged:
-                Path(staged).unlink(missing_ok=True)
+
+    def once(self, kind: str, name: str, stat: str, read: Callable[[], tuple[pa.Table, list]]) -> tuple[pa.Table, list]:
+        """What `read` gives, a table and plain values, or what it gave when `stat` was the same."""
+        known = self.load(kind, name)
+        if known is None or known.schema.metadata[b"stat"].decode() != stat:
+            table, notes = read()
+            said = {**(table.schema.metadata or {}), b"stat": stat, b"notes": json.dumps(notes)}
+            known = table.replace_schema_metadata(said)
+            self.save(kind, name, known)
+        return known, json.loads(known.schema.metadata.get(b"notes", "[]"))
 
     def recall(self, kind: str, name: str, listed: pa.Table, schema: pa.Schema,
                read: Callable[[np.ndarray], Iterable[Found]]) -> pa.Table:

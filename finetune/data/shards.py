@@ -60,14 +60,9 @@ class Shards:
             path = os.path.join(self.folder, file)
             status = os.stat(path)
             stat = repr((part, status.st_size, stamp(status)))
-            place = key("tar", os.path.abspath(path), path)
-            known = memory.load("tar", place)
-            if known is None or known.schema.metadata[b"stat"].decode() != stat:
-                shard = Shard(path, os.fsencode(file), part, stamp(status))
-                known = shard.table().replace_schema_metadata(
-                    {"stat": stat, "notes": json.dumps([vars(note) for note in shard.notes])})
-                memory.save("tar", place, known)
-            notes += [Note(**note) for note in json.loads(known.schema.metadata[b"notes"])]
+            shard = Shard(path, os.fsencode(file), part, stamp(status))
+            known, found = memory.once("tar", key("tar", os.path.abspath(path), path), stat, shard.looked_into)
+            notes += [Note(**note) for note in found]
             tables.append(known.replace_schema_metadata())
         return pa.concat_tables(tables).combine_chunks(), notes
 
@@ -80,7 +75,11 @@ class Shard:
         self.notes: list[Note] = []
         self.pictures: dict[str, list[tuple[str, int, int]]] = {}       # example -> members
         self.written: dict[str, dict[str, bytes]] = {}                  # example -> suffix -> content
+
+    def looked_into(self) -> tuple[pa.Table, list[dict]]:
+        """The examples, and what is wrong with them."""
         self.read()
+        return self.table(), [vars(note) for note in self.notes]
 
     def note(self, kind: str, member: str, text: str, fatal: bool = True) -> None:
         self.notes.append(Note(kind, printable(self.path + ("/" + member if member else "")), text, fatal))

@@ -13,7 +13,7 @@ import numpy as np
 from finetune.data.duplicates import originals
 from finetune.data.index import Index
 from finetune.data.pictures import Reading
-from finetune.errors import FinetuneError, nearest
+from finetune.errors import FinetuneError, nearest, refuse
 
 MANY = 10_000       # names: more take too long to look for a similar one
 
@@ -83,11 +83,5 @@ def listed(index: Index, first: np.ndarray, file: Path) -> np.ndarray:
             twin = np.flatnonzero(held & (first == first[i]))[0]
             problems.append(f"{names[twin]} is held out, but {names[i]} shows the same and is learned; name both, or remove "
                             "one")
-    refuse(problems)
+    refuse(problems, "data.validation.files: cannot be followed")
     return held
-
-
-def refuse(problems: list[str]) -> None:
-    if problems:
-        more = [f"… and {len(problems) - 20} more"] if len(problems) > 20 else []
-        raise FinetuneError("\n    ".join(["data.validation.files: cannot be followed", *problems[:20], *more]))

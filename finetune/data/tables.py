@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -68,30 +69,30 @@ def read_table(prefix: str, root: bytes, name: bytes, stat: list[int], memory: M
     """The rows of `metadata.*`, by the picture's name under the root, and what is wrong with it."""
     shown, path = printable(prefix + os.fsdecode(name)), os.path.join(root, name)
     place = key("table", os.fsdecode(os.path.abspath(path)), shown)
-    known = memory.load("table", place)
-    if known is None or known.schema.metadata[b"stat"] != repr(stat).encode():
-        names, lines, texts, notes = [], [], [], []
-        folder = posixpath.dirname(name)
-        try:
-            for line, row in READERS[os.path.splitext(name)[1].decode().lower()](path):
-                if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                    notes.append(Note("table", f"{shown}:{line}", "not an object with a file_name"))
-                    continue
-                try:
-                    file = row.pop("file_name").encode()
-                    texts.append(columns(row))
-                except UnicodeEncodeError:
-                    notes.append(Note("table", f"{shown}:{line}", "holds half of a surrogate pair, which is no text"))
-                else:
-                    path = posixpath.join(folder, file)
-                    names.append(posixpath.normpath(path) if ODD.search(path) else path)
-                    lines.append(line)
-        except Broken as e:
-            notes.append(Note("table", f"{shown}:{e.line}" if e.line else shown, str(e)))
-        known = pa.table([names, lines, texts], schema=ROW).replace_schema_metadata(
-            {"shown": shown, "stat": repr(stat), "notes": json.dumps([vars(note) for note in notes])})
-        memory.save("table", place, known)
-    return known, [Note(**note) for note in json.loads(known.schema.metadata[b"notes"])]
+    known, notes = memory.once("table", place, repr(stat), partial(rows_of, path, posixpath.dirname(name), shown))
+    return known, [Note(**note) for note in notes]
+
+
+def rows_of(table: bytes, folder: bytes, shown: str) -> tuple[pa.Table, list[dict]]:
+    names, lines, texts, notes = [], [], [], []
+    try:
+        for line, row in READERS[os.path.splitext(table)[1].decode().lower()](table):
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                notes.append(Note("table", f"{shown}:{line}", "not an object with a file_name"))
+                continue
+            try:
+                file = row.pop("file_name").encode()
+                texts.append(columns(row))
+            except UnicodeEncodeError:
+                notes.append(Note("table", f"{shown}:{line}", "holds half of a surrogate pair, which is no text"))
+            else:
+                path = posixpath.join(folder, file)
+                names.append(posixpath.normpath(path) if ODD.search(path) else path)
+                lines.append(line)
+    except Broken as e:
+        notes.append(Note("table", f"{shown}:{e.line}" if e.line else shown, str(e)))
+    known = pa.table([names, lines, texts], schema=ROW).replace_schema_metadata({"shown": shown})
+    return known, [vars(note) for note in notes]
 
 
 class Broken(Exception):

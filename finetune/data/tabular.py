@@ -77,15 +77,13 @@ class Saved:
         stats = [(file["filename"], os.stat(file["filename"])) for file in self.pictures.cache_files]
         stamp = key(self.prefix, [(name, status.st_size, status.st_mtime_ns) for name, status in stats])
         stat, place = f"{count} {stamp}", key("words", self.identity)
-        known = memory.load("words", place)
-        if known is None or known.schema.metadata[b"stat"].decode() != stat:
-            texts = [text for batch in self._words() for text in batch]
-            numbers = np.arange(count)
-            known = pa.table([[b"[%d]" % n for n in numbers.tolist()], np.zeros(count, np.int32), numbers,
-                              np.zeros(count, np.int64), np.full(count, int(stamp[:15], 16)), texts],
-                             schema=LISTING).replace_schema_metadata({"stat": stat})
-            memory.save("words", place, known)
-        return known.replace_schema_metadata(), []
+
+        def read() -> tuple[pa.Table, list]:
+            texts, numbers = [text for batch in self._words() for text in batch], np.arange(count)
+            return pa.table([[b"[%d]" % n for n in numbers.tolist()], np.zeros(count, np.int32), numbers,
+                             np.zeros(count, np.int64), np.full(count, int(stamp[:15], 16)), texts], schema=LISTING), []
+
+        return memory.once("words", place, stat, read)[0].replace_schema_metadata(), []
 
     def _words(self) -> Iterator[list[bytes]]:
         if not self.words.column_names:

@@ -41,10 +41,11 @@ class Epsilon:
 
 
 def pyramid(eps: Tensor, discount: float, seed: int, position: int) -> Tensor:
-    """Add noise of 1/r, 1/r², … of the size, discount^level of it, and scale to deviation 1. eps (C, h, w).
+    """Add noise of 1/r, 1/r², … of the size, discount^level of it, and scale to deviation 1. eps (C, h, w) counts as two, for
+    Whitaker's first level has the size of the picture too.
 
     r is drawn from [2, 4) for each example: with one r for all, the edges of the coarse pixels would always lie alike."""
-    (channels, *size), whole = eps.shape, eps
+    (channels, *size), whole = eps.shape, 2 ** 0.5 * eps
     r, level = 2 + 2 * noise.uniform(seed, position, "pyramid"), 0
     while max(size) > 1:
         level += 1

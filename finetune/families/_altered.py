@@ -91,7 +91,8 @@ class Altered:
                 own, base = predicts(path), self.scheduler().config.get("prediction_type")
                 if own and own != base:
                     raise FinetuneError(f"{path}: it predicts {own}, and the base {base}: give it as base.path")
-            config = (self.source if self.source.has(component) else self).config(component)
+            known = isinstance(self.source, _single.SingleFile) or self.source.has(component)      # a file's family says it
+            config = (self.source if known else self).config(component)
             return _single.part(path, cls, component, dtype, config)
         except FinetuneError as e:
             raise FinetuneError(f"base.{part}: {str(e).removeprefix('base.path: ')}") from None
@@ -107,6 +108,24 @@ def altered(source: Source, spec: FamilySpec, changes: Changes) -> Source | Alte
         raise FinetuneError(f"base.path: {source.path}: it holds no {lacks}: give a whole checkpoint, or beside it "
                             + " and ".join(f"base.{part} (--{part.replace('_', '-')})" for part in missing))
     return source
+
+
+# Parts, what their configs say, and what that of the denoiser has to say of their sum.
+WIDTHS = ((("text", "text_2"), "hidden_size", "cross_attention_dim"), (("text", "text_2"), "projection_dim", "pooled_projection_dim"),
+          (("text_3",), "d_model", "joint_attention_dim"), (("vae",), "latent_channels", "out_channels"))
+
+
+def check_widths(source: Source | Altered, spec: FamilySpec) -> None:
+    """Raise FinetuneError for parts that the denoiser cannot be shown, going by the configs."""
+    denoiser = source.config(spec.components["denoiser"])
+    for words, field, wanted in WIDTHS:
+        parts = [part for part in words if source.has(spec.components.get(part, ""))]
+        widths = [source.config(spec.components[part]).get(field) for part in parts]
+        if parts and None not in (*widths, denoiser.get(wanted)) and sum(widths) != denoiser[wanted]:
+            word = next((part for part in (*parts, "denoiser") if part in source.changes.parts), "path")
+            raise FinetuneError(f"base.{word}: {source.changes.parts.get(word, source.path)}: {field} of {' + '.join(parts)} is "
+                                f"{' + '.join(map(str, widths))}, and the denoiser's {wanted} {denoiser[wanted]}: "
+                                "they are of different models")
 
 
 def _changed(source: Source | _single.SingleFile, spec: FamilySpec, changes: Changes) -> Altered:

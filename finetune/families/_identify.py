@@ -87,7 +87,8 @@ def identify(header: Header) -> Known:
         if component in ("unet", "transformer"):
             places[component] = denoiser
         elif prefix + SIGNS[kind] in names:
-            places[component] = kind, prefix
+            linear = kind == "open_clip" and f"{prefix}text_projection.weight" in names
+            places[component] = "linear_open_clip" if linear else kind, prefix
         elif kind == "clip" and prefix + SIGNS["flat_clip"] in names:
             places[component] = "flat_clip", prefix
     said = header.metadata.get("modelspec.prediction_type", "")

@@ -30,13 +30,5 @@ def sample(family, moments: Tensor, noise_BChw: Tensor) -> Tensor:
     """A sample of the posterior as the denoiser wants it, (B, C, h, w); `noise` is standard normal."""
     mean, logvar = moments.chunk(2, 1)
     config = family.vae_config
-    shift, scale = config.get("shift_factor") or 0, config.get("scaling_factor", 0.18215)      # diffusers' own, where it is silent
+    shift, scale = config.get("shift_factor") or 0, config.get("scaling_factor", 0.18215)   # diffusers' own, if it is silent
     return (mean + (0.5 * logvar).exp() * noise_BChw - shift) * scale
-
-
-@torch.no_grad()
-def decode(family, latents_BChw: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W), about [-1, 1]."""
-    vae = family.parts["vae"]
-    z = latents_BChw.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-    return vae.decode(z).sample.float()

@@ -68,7 +68,8 @@ def merge(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]) -
     wrong = [misfit for artifact, _ in adapters for misfit in misfits(parts, artifact)]
     if wrong:
         count = len({key for artifact, _ in adapters for key in modules(artifact.tensors)})
-        raise FinetuneError("\n    ".join([f"the adapter does not fit this base: {len(wrong)} of {count} modules", *wrong[:5]]))
+        head = f"the adapter does not fit this base: {len(wrong)} of {count} modules"
+        raise FinetuneError("\n    ".join([head, *wrong[:5]]))
     before: dict[nn.Parameter, Tensor] = {}
     sums: dict[nn.Parameter, Tensor] = {}
     for artifact, strength in adapters:

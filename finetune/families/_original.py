@@ -201,6 +201,11 @@ def _open_clip(names: list[str]) -> Placed:
         yield name, theirs, how
 
 
+def _linear_open_clip(names: list[str]) -> Placed:
+    """As diffusers' scripts/convert_diffusers_to_original_sdxl.py writes it: its projection is that of a linear layer."""
+    yield from (row if row[2] != "transposed" else (row[0], row[0], "same") for row in _open_clip(names))
+
+
 def _t5(names: list[str]) -> Placed:
     for name in names:
         tied = name in ("shared.weight", "encoder.embed_tokens.weight")
@@ -209,7 +214,7 @@ def _t5(names: list[str]) -> Placed:
 
 KINDS: dict[str, Callable[[list[str]], Placed]] = {
     "unet": _unet, "mmdit": _mmdit, "vae": _vae, "diffusers_vae": _same, "clip": _same, "flat_clip": _flat_clip,
-    "unprojected_clip": _unprojected_clip, "open_clip": _open_clip, "t5": _t5,
+    "unprojected_clip": _unprojected_clip, "open_clip": _open_clip, "linear_open_clip": _linear_open_clip, "t5": _t5,
 }
 # What files hold beside a table's tensors and nobody needs: buffers, the temperature of the contrastive loss, a tied copy.
 NEEDLESS = re.compile(r"(^|\.)(position_ids|logit_scale|attn_mask|encoder\.embed_tokens\.weight)$|^loss\.")

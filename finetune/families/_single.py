@@ -213,7 +213,7 @@ def check(header: Header, place: Place, table: list[_original.Row], shapes: Mapp
     missing = [name for name in wanted if name not in found]
     other = [name for name in wanted if name in found and found[name] != wanted[name]
              and not (found[name] == wanted[name][:2] and wanted[name][2:] == (1, 1))]
-    droppable = _original.DROPPED if kind in ("open_clip", "clip", "flat_clip", "unprojected_clip") else None
+    droppable = _original.DROPPED if kind.endswith("clip") else None
     strange = [name for name in found if name not in wanted and prefix and not _original.NEEDLESS.search(name)
                and not (droppable and droppable.search(name))]
     if other:

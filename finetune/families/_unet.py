@@ -14,7 +14,7 @@ from finetune.batch import Conditioning, joined
 from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
 from finetune.families import _beside, _clip, _control, _latents
-from finetune.families._altered import altered
+from finetune.families._altered import altered, check_widths
 from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
@@ -40,7 +40,7 @@ class UNetFamily:
     long: Literal["error", "truncate", "chunk"] = "error"      # what becomes of a caption that the text encoder cannot take
     learned: Learned | None = None                              # the tokens that were added to the tokenizers' own
     vae_config, stride = cached_property(_latents.config), cached_property(_latents.stride)
-    moments, latents, decode_latents = _latents.moments, _latents.sample, _latents.decode
+    moments, latents = _latents.moments, _latents.sample
     pieces, sketch, save = _clip.pieces, sketch, save
 
     def __init__(self, spec: FamilySpec, text: dict[str, Clip], source: Source, parts: dict[str, nn.Module],
@@ -114,7 +114,7 @@ class UNetFamily:
 
     def load_part(self, part: str, dtype: torch.dtype) -> nn.Module:
         """A part as the source has it."""
-        # In float16 the VAE of SDXL overflows: its config says so, and its pipeline would bring it to float32 for each picture.
+        # In float16 the VAE of SDXL overflows: its config says so, and its pipeline would widen it for each picture.
         wide = part == "vae" and dtype == torch.float16 and "text_2" in self.text and self.vae_config.get("force_upcast", True)
         found = self.source.load(self.kinds[part], self.spec.components[part], torch.float32 if wide else dtype)
         if part in self.text and self.text[part].pooled:
@@ -192,5 +192,7 @@ def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | 
     source = locate(path, revision, variant)
     check_family(source, spec, registry.names("families"))
     source = altered(source, spec, changes)
-    return UNetFamily(spec, text, source, {}, {part: source.tokenizer(tokenizer(spec, part)) for part in text},
-                      source.scheduler(), source.scheduler("low_res_scheduler") if spec.name == "upscaler" else None)
+    words = {part: source.tokenizer(tokenizer(spec, part)) for part in text}
+    check_widths(source, spec)
+    return UNetFamily(spec, text, source, {}, words, source.scheduler(),
+                      source.scheduler("low_res_scheduler") if spec.name == "upscaler" else None)

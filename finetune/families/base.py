@@ -15,16 +15,19 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
+from finetune import device
 from finetune.artifact import read_tensors, write_safetensors
 from finetune.errors import FinetuneError
-from finetune.families._merging import layer, merge, merged, misfits, touched, weight
+from finetune.families._merging import merge, merged, misfits, weight
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
 # What the libraries raise for files that are not as they should be, and what a config may say of attention: the rest is fetched.
-UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError, SafetensorError)
+UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError,
+            SafetensorError, StrictDataclassError)
 OWN_ATTENTION = (None, "eager", "sdpa")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -103,7 +106,8 @@ class Source:
         except UNUSABLE as e:
             raise FinetuneError(f"base.path: {self.path}: its {component} cannot be loaded\n    {str(e).strip()}") from None
         if missing := sorted(found["missing_keys"]):        # the libraries fill these with random numbers
-            raise FinetuneError(f"base.path: {self.path}: its {component} lacks {len(missing)} tensors, for example {missing[0]}")
+            raise FinetuneError(f"base.path: {self.path}: its {component} lacks {len(missing)} tensors, for example "
+                                f"{missing[0]}")
         if any(p.dtype != dtype for p in part.parameters()):       # transformers keeps the file's own dtype
             part.to(dtype)
         return part.requires_grad_(False).eval()
@@ -167,17 +171,6 @@ class Parts(dict):
         return part
 
 
-def sketched(cls: type[nn.Module], config: dict, dtype: torch.dtype) -> nn.Module:
-    """A part from its config alone: in no time and without memory inside a FakeTensorMode."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        part = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
-        return part.requires_grad_(False).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
 def load(outline: Callable, path: str, dtype: torch.dtype = torch.float32, revision: str | None = None,
          variant: str | None = None, changes: Changes = Changes()):
     """The family over the base at `path`, every part frozen, in eval mode and in `dtype`. Raises FinetuneError when it is
@@ -190,8 +183,15 @@ def load(outline: Callable, path: str, dtype: torch.dtype = torch.float32, revis
 
 def sketch(family, dtype: torch.dtype) -> None:
     """Give an outline its parts from their configs alone; inside a FakeTensorMode they have shapes and no numbers."""
-    family.parts |= {part: sketched(kind, family.source.config(family.spec.components[part]), dtype)
-                     for part, kind in family.kinds.items()}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        for part, cls in family.kinds.items():
+            config = family.source.config(family.spec.components[part])
+            made = cls.from_config(config) if hasattr(cls, "from_config") else cls(cls.config_class.from_dict(config))
+            family.parts[part] = made.requires_grad_(False).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def tokenizer(spec: FamilySpec, part: str) -> str:
@@ -298,7 +298,7 @@ def kind_of(source: Source) -> str:
     if name == "StableDiffusionUpscalePipeline":
         return "upscaler"
     channels, width = unet.get("in_channels", 4), unet.get("cross_attention_dim")
-    if xl and (width == 1280 or "text_encoder" in source.index and not source.has("text_encoder")):
+    if xl and (width == 1280 or source.index.get("text_encoder") == [None, None]):
         return "the refiner of SDXL, which only ends what its base began"
     if channels not in (4, 9) or unet.get("class_embed_type") or unet.get("num_class_embeds"):
         return f"a variant of Stable Diffusion with {channels} input channels (depth, upscaling, …)"
@@ -343,12 +343,15 @@ def publish_text_encoder(folder: Path) -> None:
 
 
 def fingerprint(parts: dict[str, nn.Module]) -> str:
-    """SHA-256 over every weight of the base: what it is, wherever it lies."""
-    whole = hashlib.sha256()
+    """SHA-256 over every weight of the base: what it is, wherever it lies. What was read of mapped files is let go on the way."""
+    whole, read = hashlib.sha256(), 0
     for part, module in sorted(parts.items()):
         for name, tensor in sorted(module.state_dict().items()):
             whole.update(f"{part}.{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            if (read := read + tensor.nbytes) >= 2**28:
+                device.spare_memory()
+                read = 0
     return whole.hexdigest()
 
 

@@ -17,7 +17,7 @@ from finetune.diffusion.path import RectifiedFlow
 from finetune.errors import FinetuneError
 from finetune.families import _clip, _latents, base
 from finetune.families._clip import Clip
-from finetune.families._altered import altered
+from finetune.families._altered import altered, check_widths
 from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
 from finetune.tokens import Learned
 
@@ -47,7 +47,7 @@ class Sd3:
     shows = None                            # what it is shown beside noisy latents: nothing
     learned: Learned | None = None          # the tokens that were added to the CLIPs' own; T5 reads their names
     vae_config, stride = cached_property(_latents.config), cached_property(_latents.stride)
-    moments, latents, decode_latents = _latents.moments, _latents.sample, _latents.decode
+    moments, latents = _latents.moments, _latents.sample
     pieces, sketch, save = _clip.pieces, sketch, save
 
     def __init__(self, source: Source, parts: dict[str, nn.Module], tokenizers: dict[str, object], scheduler):
@@ -124,7 +124,8 @@ class Sd3:
 
         clip = transformers.CLIPTextModelWithProjection
         t5 = {"text_3": transformers.T5EncoderModel} if "text_3" in self.tokenizers else {}
-        return {"denoiser": diffusers.SD3Transformer2DModel, "text": clip, "text_2": clip, **t5, "vae": diffusers.AutoencoderKL}
+        return {"denoiser": diffusers.SD3Transformer2DModel, "text": clip, "text_2": clip, **t5,
+                "vae": diffusers.AutoencoderKL}
 
     def load_part(self, part: str, dtype: torch.dtype) -> nn.Module:
         """A part as the source has it."""
@@ -157,8 +158,8 @@ class Sd3:
 def noising(config) -> RectifiedFlow:
     """The path that a scheduler config describes. Raises FinetuneError for one that is not known here."""
     if "shift" not in config or config.get("use_dynamic_shifting") or config.num_train_timesteps != 1000:
-        raise FinetuneError("base.path: its scheduler is not that of Stable Diffusion 3, which has 1000 steps of rectified flow "
-                            "and one shift for all sizes (use_dynamic_shifting: false)")
+        raise FinetuneError("base.path: its scheduler is not that of Stable Diffusion 3, which has 1000 steps of rectified "
+                            "flow and one shift for all sizes (use_dynamic_shifting: false)")
     return RectifiedFlow(config.shift)
 
 
@@ -168,7 +169,9 @@ def outline(path: str, revision: str | None = None, variant: str | None = None, 
     check_family(source, SPEC, registry.names("families"))
     source = altered(source, SPEC, changes)
     spoken = [*CLIPS, *(["text_3"] if source.has("text_encoder_3") and source.has("tokenizer_3") else [])]
-    return Sd3(source, {}, {part: source.tokenizer(tokenizer(SPEC, part)) for part in spoken}, source.scheduler())
+    words = {part: source.tokenizer(tokenizer(SPEC, part)) for part in spoken}
+    check_widths(source, SPEC)
+    return Sd3(source, {}, words, source.scheduler())
 
 
 load = partial(base.load, outline)

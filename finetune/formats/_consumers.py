@@ -1,7 +1,7 @@
 """What other tools make of a file, from its header alone: the proof that it loads cannot run them, but they were measured.
 
 Each row was taken from the tool's own loader in the version named here (tests/formats/test_consumers.py holds the measured
-counts against these tables; docs/loaders.md: what was run again, and in which version). A row's marks are in the order of TOOLS:
+counts against these tables; docs/loaders.md: what was run again, in which version). A row's marks are in the order of TOOLS:
 
     +  right     x  applied, but by the wrong amount     -  passed over, mostly without a word
     !  the whole file is refused over it                 ?  not examined
@@ -50,15 +50,16 @@ NAMES = (
 )
 UNKNOWN = "-----!---"
 KINDS = {
-    "a LoRA": "+++++++++", "Tucker's core (lora_mid)": "!+++++xxx", "DoRA by columns": "x+++++xxx", "DoRA by rows": "xxxx+xxxx",
-    "peft's DoRA": "+xxx+xxxx", "LoHa": "!+++++-++", "LoKr": "!+++++-+-", "OFT": "!++!x!---", "differences": "!+++++-++",
-    "norms": "!+++++---", "nothing that it knows": "!--------",
+    "a LoRA": "+++++++++", "Tucker's core (lora_mid)": "!+++++xxx", "DoRA by columns": "x+++++xxx",
+    "DoRA by rows": "xxxx+xxxx", "peft's DoRA": "+xxx+xxxx", "LoHa": "!+++++-++", "LoKr": "!+++++-+-", "OFT": "!++!x!---",
+    "differences": "!+++++-++", "norms": "!+++++---", "nothing that it knows": "!--------",
 }
 # Files of one kind as a whole, by what all of their names fit.
 WHOLE = (
     (r"emb_params", "++++++?++"),
     (r"clip_l|clip_g", "-+++++?++"),
-    (r"(controlnet_(cond_embedding|(down|mid)_block)|conv_in|time_embedding|add_embedding|down_blocks|mid_block)[.s].*", "+????????"),
+    (r"(controlnet_(cond_embedding|(down|mid)_block)|conv_in|time_embedding|add_embedding|down_blocks|mid_block)[.s].*",
+     "+????????"),
     (r"(encoder|decoder|quant_conv|post_quant_conv)\.(?!.*(up|down)_blocks|.*mid_block).*", "++++++?+?"),
     (r"(encoder|decoder|quant_conv|post_quant_conv)\..*", "++!+?+?+?"),
 )
@@ -84,7 +85,8 @@ def receipt(header: Header, family: str) -> list[Reading]:
     names = list(header.tensors)
     marks = next((marks for pattern, marks in WHOLE if names and all(re.fullmatch(pattern, name) for name in names)), None)
     if marks is None and len(names) == 1 and "." not in names[0]:      # a token under its own name
-        marks = "++++++?++" if names[0] == "emb_params" else "++++x-?++" if len(header.tensors[names[0]][1]) == 1 else "+++++-?++"
+        flat = len(header.tensors[names[0]][1]) == 1
+        marks = "++++++?++" if names[0] == "emb_params" else "++++x-?++" if flat else "+++++-?++"
     if marks:
         return [_whole(tool, mark) for tool, mark in zip(TOOLS, marks) if mark != "?"]
     found = modules(header)
@@ -144,7 +146,8 @@ def _reading(tool: str, i: int, marked: list, header: Header, family: str) -> Re
         alpha = header.scalars.get(keys.get("alpha", ""))
         if mark == "+" and mixed and any(".lora.down" in name for name in keys.values()):
             mark, said = "-", "of a file with .lora_A and .lora.down it reads the half that its first name belongs to"
-        if mark == "+" and tool == "diffusers" and alpha is not None and "lora_A" in keys and alpha != alphas.most_common(1)[0][0]:
+        if mark == "+" and tool == "diffusers" and alpha is not None and "lora_A" in keys \
+                and alpha != alphas.most_common(1)[0][0]:
             mark, said = "x", "it gives every module the most frequent alpha"
         rank = next((header.tensors[keys[role]][1][0] for role in ("lora_A", "hada_w1_b") if role in keys), 0)
         if mark == "+" and tool == "stable-diffusion.cpp" and alpha is not None and rank == 1:
@@ -157,9 +160,11 @@ def _reading(tool: str, i: int, marked: list, header: Header, family: str) -> Re
             why.setdefault(about, said)
     probed = [module for module, keys, *_ in marked if keys.keys() & {"lora_A", "hada_w1_a", "lokr_w2", "diff"}]
     if tool == "Forge" and unknown > FORGE_LIMIT:
-        return Reading(tool, 0, total, "refused", f"{unknown} of its names are unknown there, and more than {FORGE_LIMIT} are too many")
+        return Reading(tool, 0, total, "refused",
+                       f"{unknown} of its names are unknown there, and more than {FORGE_LIMIT} are too many")
     if tool == "InvokeAI" and family in UNET and not _seen_by_invokeai(probed, family):
-        return Reading(tool, 0, total, "refused", "it recognises a file by attn2 to_k or to_v, or by a text encoder's attention")
+        return Reading(tool, 0, total, "refused",
+                       "it recognises a file by attn2 to_k or to_v, or by a text encoder's attention")
     if tool == "Draw Things" and not any(SEEN_BY_DRAW_THINGS.match(module.replace(".", "_")) for module in probed):
         return Reading(tool, 0, total, "refused", "it recognises a file by attn2 to_k of the second level")
     right = outcomes["+"]

@@ -59,8 +59,8 @@ SEGMENTS = r"""
     conv conv1 conv2 conv_in conv_out conv_shortcut conv_norm_out time_emb_proj
     time_embedding add_embedding class_embedding linear_1 linear_2
     input_blocks middle_block output_blocks time_embed label_emb out in_layers emb_layers out_layers skip_connection op
-    add_q_proj add_k_proj add_v_proj to_add_out norm_q norm_k norm_added_q norm_added_k ff_context norm1_context norm_out linear
-    pos_embed context_embedder time_text_embed timestep_embedder text_embedder
+    add_q_proj add_k_proj add_v_proj to_add_out norm_q norm_k norm_added_q norm_added_k ff_context norm1_context norm_out
+    linear pos_embed context_embedder time_text_embed timestep_embedder text_embedder
     joint_blocks x_block context_block qkv ln_q ln_k fc1 fc2 mlp adaLN_modulation final_layer x_embedder t_embedder y_embedder
     text_model encoder layers self_attn q_proj k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm text_projection
     block layer SelfAttention DenseReluDense q k v o wi_0 wi_1 wo layer_norm \d+
@@ -68,7 +68,8 @@ SEGMENTS = r"""
 SEGMENT = re.compile(rf"(?:^|_)({'|'.join(sorted(SEGMENTS, key=len, reverse=True))})(?=_|$)")
 # Of a UNet with three levels, SDXL's, and of one with four: they differ in where the upsampler of the first stands.
 SGM = unet_places(blocks=3, layers=2, attended={0, 1})
-OURS = {theirs: ours for places in (unet_places(blocks=4, layers=2, attended={1, 2, 3}), SGM) for ours, theirs in places.items()}
+OURS = {theirs: ours for places in (unet_places(blocks=4, layers=2, attended={1, 2, 3}), SGM)
+        for ours, theirs in places.items()}
 LDM = re.compile(r"(input_blocks|output_blocks|middle_block|time_embed|label_emb|out)\.")
 
 

@@ -33,8 +33,8 @@ SHARED = ("lora_A", "lora_mid", "hada_w1_b", "hada_w2_b", "alpha")   # those tha
 
 
 def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Canonical tensors of a LoRA with our layers of the denoiser replaced by the original ones. FinetuneError for a layer that
-    the original does not have."""
+    """Canonical tensors of a LoRA with our layers of the denoiser replaced by the original ones. FinetuneError for a layer
+    that the original does not have."""
     groups: dict[tuple[str, str], dict[str, Roles]] = {}
     result = {name: t for name, t in tensors.items() if not name.startswith("denoiser.")}
     for (part, path), module in modules(tensors).items():
@@ -84,8 +84,8 @@ def _together(path: str, loras: list[Roles | None]) -> dict[str, Tensor]:
     alpha = first["alpha"] * len(loras)
     if not torch.equal(alpha / len(loras), first["alpha"]):      # float32 does not hold three times every number
         alpha = first["alpha"].double() * len(loras)
-    return {"lora_A": torch.cat([lora["lora_A"] for lora in each]), "lora_B": torch.block_diag(*(lora["lora_B"] for lora in each)),
-            "alpha": alpha}
+    return {"lora_A": torch.cat([lora["lora_A"] for lora in each]),
+            "lora_B": torch.block_diag(*(lora["lora_B"] for lora in each)), "alpha": alpha}
 
 
 def _apart(path: str, roles: Roles) -> list[Roles]:
@@ -111,7 +111,8 @@ def _turned(path: str, roles: Roles) -> Roles:
     if not path.endswith(("norm_out.linear", "norm1_context.linear")):
         return roles
     roles = _multiplied_out(path, roles)
-    columns = next((t.shape[-1] for role in ("lora_A", "hada_w1_b", "diff") if (t := roles.get(role)) is not None and t.ndim), None)
+    columns = next((roles[role].shape[-1] for role in ("lora_A", "hada_w1_b", "diff")
+                    if role in roles and roles[role].ndim), None)
     rows = next((len(roles[role]) for role in ROWS if role in roles and roles[role].ndim), 0)
     if columns and rows != 2 * columns:
         return roles

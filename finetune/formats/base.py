@@ -22,7 +22,8 @@ from finetune.artifact import (
     WHOLE, Artifact, Header, data_of, fold_alpha, modules, read_header, read_tensors, weights_of, write_safetensors,
 )
 from finetune.errors import FinetuneError
-from finetune.families._vae import to_ldm
+from finetune.families._vae import from_ldm, is_vae, to_ldm
+from finetune.formats import _tokens
 from finetune.formats._dialects import place, translated
 from finetune.formats._modules import kind_of, settle
 from finetune.formats._tokens import is_bare, is_named, rows, shapes, token
@@ -74,7 +75,8 @@ def _config_beside(path: Path, header: Header) -> dict[str, str]:
     try:
         fields = json.loads(config.read_text(encoding="utf-8"))
         parts = {name.partition(".")[0] for name in plain(header).tensors}
-        return {DIFFUSERS_METADATA: json.dumps({f"{part}.{key}": value for part in sorted(parts) for key, value in fields.items()})}
+        said = {f"{part}.{key}": value for part in sorted(parts) for key, value in fields.items()}
+        return {DIFFUSERS_METADATA: json.dumps(said)}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise FinetuneError(f"its {config.name} cannot be read: {error}") from None
 
@@ -95,9 +97,22 @@ def check_kind(format_name: str, kind: str, field: str = "") -> None:
     """Raise FinetuneError, about this field of the recipe, when adapters of this kind cannot be written in the format."""
     able = [name for name in registry.names("formats") if kind in registry.find("formats", name).KINDS]
     if registry.check("formats", format_name) not in able:
-        lost = {"dora": "the magnitudes", "difference": "whole differences, of weights, biases and norms,"}.get(kind, "all of it")
+        lost = {"dora": "the magnitudes", "difference": "whole differences, of weights, biases and norms,"}
         raise FinetuneError(f"{field}{format_name} cannot hold adapters of the kind {kind}; {', '.join(able)} can "
-                            f"({lost} would be lost)")
+                            f"({lost.get(kind, 'all of it')} would be lost)")
+
+
+def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
+    """What is in a file of one part: a VAE in either naming, a control branch, a token, or else an adapter, see `gather`."""
+    if is_vae(tensors, ldm=True):
+        return whole_part("vae", from_ldm(tensors), metadata, spec)
+    if is_vae(tensors, ldm=False):
+        return whole_part("vae", tensors, metadata, spec)
+    if CONTROL in tensors:
+        return whole_part("control", tensors, metadata, spec)
+    if is_bare(tensors) or is_named({name: t.shape for name, t in tensors.items()}):
+        return _tokens.decode(tensors, metadata, spec)
+    return gather(tensors, metadata, spec)
 
 
 def gather(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
@@ -275,7 +290,8 @@ def contradictions(header: Header) -> list[str]:
     found += [f"its metadata say rank {rank}, but its tensors have {_few(facts['ranks'])}" for rank in ranks
               if re.fullmatch(r"\d{1,9}", rank) and facts["ranks"] and int(rank) not in facts["ranks"]]
     # That of rsLoRA in LyCORIS is another in the file, and an alpha in half precision is a little off.
-    alpha, alphas = said.get("ss_network_alpha", ""), [value for name, value in header.scalars.items() if name.endswith(".alpha")]
+    alpha = said.get("ss_network_alpha", "")
+    alphas = [value for name, value in header.scalars.items() if name.endswith(".alpha")]
     if re.fullmatch(r"\d+(\.\d+)?", alpha) and alphas and "rs_lora" not in said.get("ss_network_args", "") and not any(
             math.isclose(float(alpha), own, rel_tol=1e-2) for own in alphas):
         found.append(f"its metadata say alpha {alpha}, but its tensors have {_few(facts['alphas'])}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,8 @@ from finetune.artifact import Artifact, Header, fold_alpha, modules
 from finetune.families._vae import is_vae
 from finetune.formats import _tokens
 from finetune.formats._dialects import FLAT, place
-from finetune.formats.base import CONTROL, DIFFUSERS_METADATA, bare, common_metadata, gather, number, rank_and_alpha, whole_part
+from finetune.formats.base import CONTROL, DIFFUSERS_METADATA, bare, common_metadata, number, rank_and_alpha
+from finetune.formats.base import decode  # noqa: F401, it reads what any tool has written
 
 if TYPE_CHECKING:  # both cost an import of torch
     from torch import Tensor
@@ -27,17 +27,6 @@ def reads(header: Header) -> bool:
     """True for a header with dotted names of a LoRA, diffusers' of a VAE or a control branch, or a token under its name."""
     lora = any(place(name) and not FLAT.match(name) for name in header.tensors)
     return lora or CONTROL in header.tensors or is_vae(header.tensors, ldm=False) or _tokens.is_named(_tokens.shapes(header))
-
-
-def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
-    """Scales come from `lora_adapter_metadata`; without it they are 1. FinetuneError as in `gather`."""
-    if is_vae(tensors, ldm=False):
-        return whole_part("vae", tensors, metadata, spec)
-    if CONTROL in tensors:
-        return whole_part("control", tensors, metadata, spec)
-    if _tokens.is_named({name: t.shape for name, t in tensors.items()}):
-        return _tokens.decode(tensors, metadata, spec)
-    return gather(tensors, metadata, spec)
 
 
 def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dict[str, str]]:

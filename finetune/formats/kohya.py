@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from finetune.artifact import Artifact, Header, fold_alpha, modules
-from finetune.families._vae import from_ldm, is_vae
+from finetune.families._vae import is_vae
 from finetune.formats import _joint, _tokens
 from finetune.formats._dialects import FLAT, NORMS, dotted, place, to_sgm
 from finetune.formats._modules import KINDS as _KINDS
 from finetune.formats._modules import ROLES
-from finetune.formats.base import common_metadata, gather, ldm_vae, whole_part
+from finetune.formats.base import common_metadata, decode, ldm_vae  # noqa: F401, it reads what any tool has written
 
 if TYPE_CHECKING:  # both cost an import of torch
     from torch import Tensor
@@ -30,15 +29,6 @@ def reads(header: Header) -> bool:
     """True for a header with the names of sd-scripts or LyCORIS, a VAE's in the way of LDM, or a token without its name."""
     flat = any(FLAT.match(name) and place(name) for name in header.tensors)
     return flat or is_vae(header.tensors, ldm=True) or _tokens.is_bare(header.tensors)
-
-
-def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: FamilySpec) -> Artifact:
-    """Alphas that differ are folded into lora_B. FinetuneError as in `gather`."""
-    if is_vae(tensors, ldm=True):
-        return whole_part("vae", from_ldm(tensors), metadata, spec)
-    if _tokens.is_bare(tensors):
-        return _tokens.decode(tensors, metadata, spec)
-    return gather(tensors, metadata, spec)
 
 
 def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -18,61 +18,48 @@ from finetune.device import exact
 NAME = "default"        # of the adapter, in peft
 
 
-@dataclass
-class Setting:
-    """What the layers of one method share."""
-
-    variant: str
-    factor: int | None
-    block: int | None
-    init: str | None
-    dropout: float
-    rank_dropout: float
-    module_dropout: float
-    strength: float = 1.0
-
-    def now(self, layer: nn.Module) -> float:
-        """How much the adapter of this layer counts in this pass: nothing where it is dropped, as in LyCORIS. A factor of 0
-        rather than a detour, so that all processes have a gradient for every parameter."""
-        dropped = layer.training and self.module_dropout > 0 and torch.rand(()).item() < self.module_dropout
-        return 0.0 if dropped else self.strength
-
-
 @dataclass(frozen=True)
 class Variant:
-    """`attach` puts adapters of {path: (rank, alpha)} into a part; a layer then has `roles`. Of these `product` are the
-    factors of its change, and `zero` is that which is zero at the start."""
+    """`attach` puts adapters of {path: (rank, alpha)} into a part, as the words of a `Lora` say; a layer then has `roles`. Of
+    these `product` are the factors of its change, and `zero` is that which is zero at the start."""
 
     kind: str
     roles: tuple[str, ...]
-    attach: Callable[[nn.Module, dict[str, tuple[int, float]], Setting], None]
+    attach: Callable[[nn.Module, dict[str, tuple[int, float]], object], None]
     zero: str = ""
     product: tuple[str, ...] = ()
 
 
-def lora(part: nn.Module, layers: dict[str, tuple[int, float]], setting: Setting) -> None:
+def counts(method, layer: nn.Module) -> float:
+    """How much the adapter of this layer counts in this pass: nothing where it is dropped, as in LyCORIS. A factor of 0 rather
+    than a detour, so that all processes have a gradient for every parameter."""
+    dropped = layer.training and method.module_dropout > 0 and torch.rand(()).item() < method.module_dropout
+    return 0.0 if dropped else method.strength
+
+
+def lora(part: nn.Module, layers: dict[str, tuple[int, float]], method) -> None:
     from peft import LoraConfig
 
     ranks, alphas = patterns(layers)
     part.add_adapter(LoraConfig(
-        rank_pattern=ranks, alpha_pattern=alphas, lora_dropout=setting.dropout, target_modules=list(layers),
-        init_lora_weights="gaussian" if setting.init == "gaussian" else True), NAME)
+        rank_pattern=ranks, alpha_pattern=alphas, lora_dropout=method.dropout, target_modules=list(layers),
+        init_lora_weights="gaussian" if method.init == "gaussian" else True), NAME)
     for path in layers:
         layer = part.get_submodule(path)
-        if setting.rank_dropout:
-            layer.lora_A[NAME].register_forward_hook(lambda module, args, out: _without_some_ranks(module, out, setting))
-        if setting.variant == "dora":
-            decompose(layer, setting)
-    follow(part, layers, setting)
+        if method.rank_dropout:
+            layer.lora_A[NAME].register_forward_hook(lambda module, args, out: _without_some_ranks(module, out, method))
+        if method.variant == "dora":
+            decompose(layer)
+    follow(part, layers, method)
 
 
-def follow(part: nn.Module, paths: Iterable[str], setting: Setting) -> None:
-    """Let peft's layers count as much as the setting says, pass by pass."""
+def follow(part: nn.Module, paths: Iterable[str], method) -> None:
+    """Let peft's layers count as much as the method says, pass by pass."""
     for path in paths:
-        part.get_submodule(path).register_forward_pre_hook(lambda layer, args: layer.set_scale(NAME, setting.now(layer)))
+        part.get_submodule(path).register_forward_pre_hook(lambda layer, args: layer.set_scale(NAME, counts(method, layer)))
 
 
-def decompose(layer: nn.Module, setting: Setting) -> None:
+def decompose(layer: nn.Module) -> None:
     """DoRA (Liu et al. 2024) on a peft layer, with one length m for each *column* of the weight.
 
     m·(W + sBA)/‖W + sBA‖ scales columns, so it scales inputs: y = W(c∘x) + sBA(c∘x) with c = m/‖W + sBA‖, and no weight is
@@ -99,54 +86,54 @@ def decompose(layer: nn.Module, setting: Setting) -> None:
     down.register_forward_pre_hook(lambda module, args: (scaled(args[0], 1),))
 
 
-def loha(part: nn.Module, layers: dict[str, tuple[int, float]], setting: Setting) -> None:
+def loha(part: nn.Module, layers: dict[str, tuple[int, float]], method) -> None:
     from peft import LoHaConfig
 
     ranks, alphas = patterns(layers)
-    part.add_adapter(LoHaConfig(rank_pattern=ranks, alpha_pattern=alphas, rank_dropout=setting.rank_dropout,
+    part.add_adapter(LoHaConfig(rank_pattern=ranks, alpha_pattern=alphas, rank_dropout=method.rank_dropout,
                                 target_modules=list(layers)), NAME)
-    follow(part, layers, setting)
+    follow(part, layers, method)
 
 
-def lokr(part: nn.Module, layers: dict[str, tuple[int, float]], setting: Setting) -> None:
+def lokr(part: nn.Module, layers: dict[str, tuple[int, float]], method) -> None:
     """With a rank beyond every layer's size both matrices are whole, as InvokeAI needs them to recognise the file; the scale
     is then 1, as tools that ignore the alpha of such a file have it."""
     from peft import LoKrConfig
 
     beyond = 10**6
-    part.add_adapter(LoKrConfig(r=beyond, alpha=beyond, decompose_factor=setting.factor, rank_dropout=setting.rank_dropout,
+    part.add_adapter(LoKrConfig(r=beyond, alpha=beyond, decompose_factor=method.factor, rank_dropout=method.rank_dropout,
                                 rank_dropout_scale=True, target_modules=list(layers)), NAME)
-    follow(part, layers, setting)
+    follow(part, layers, method)
 
 
-def oft(part: nn.Module, layers: dict[str, tuple[int, float]], setting: Setting) -> None:
+def oft(part: nn.Module, layers: dict[str, tuple[int, float]], method) -> None:
     """OFT (Qiu et al. 2023) on the rows of the weight, in LyCORIS' convention: y − b is turned in blocks of its channels.
     The blocks start at zero, whose rotation is exactly 1."""
     for path in layers:
         layer = part.get_submodule(path)
         rows = layer.weight.shape[0]
-        block = max(size for size in range(1, setting.block + 1) if rows % size == 0)
+        block = max(size for size in range(1, method.block + 1) if rows % size == 0)
         layer.oft_blocks = nn.Parameter(torch.zeros(rows // block, block, block, device=layer.weight.device))
-        layer.register_forward_hook(lambda module, args, out: _turned(module, out, setting))
+        layer.register_forward_hook(lambda module, args, out: _turned(module, out, method))
 
 
-def _turned(layer: nn.Module, out: Tensor, setting: Setting) -> Tensor:
+def _turned(layer: nn.Module, out: Tensor, method) -> Tensor:
     channels = 1 if isinstance(layer, nn.Conv2d) else -1
     with exact(out):
         blocks = layer.oft_blocks
         y = out.float().movedim(channels, -1)
         y = (y if layer.bias is None else y - layer.bias).unflatten(-1, blocks.shape[:2])
         turned = torch.einsum("knm,...kn->...km", rotations(blocks), y)
-        return out + (setting.now(layer) * (turned - y)).flatten(-2).movedim(-1, channels).to(out.dtype)
+        return out + (counts(method, layer) * (turned - y)).flatten(-2).movedim(-1, channels).to(out.dtype)
 
 
-def _without_some_ranks(down: nn.Module, out: Tensor, setting: Setting) -> Tensor:
+def _without_some_ranks(down: nn.Module, out: Tensor, method) -> Tensor:
     """Each rank is dropped for the whole batch, as in LyCORIS; those that stay count as much more."""
     if not down.training:
         return out
     channels = 1 if isinstance(down, nn.Conv2d) else -1
-    stays = (torch.rand(out.shape[channels]) >= setting.rank_dropout).to(out)
-    return (out.movedim(channels, -1) * (stays / (1 - setting.rank_dropout))).movedim(-1, channels)
+    stays = (torch.rand(out.shape[channels]) >= method.rank_dropout).to(out)
+    return (out.movedim(channels, -1) * (stays / (1 - method.rank_dropout))).movedim(-1, channels)
 
 
 def patterns(layers: dict[str, tuple[int, float]]) -> tuple[dict[str, int], dict[str, float]]:

@@ -21,7 +21,8 @@ class Weights:
         """What is trained, and `also`. Raises FinetuneError when not one weight has moved."""
         now = stored(self.parameters)
         if all(torch.equal(self.base[name], t) for name, t in now.items()):
-            raise FinetuneError("training has changed nothing: nothing is written; raise train.learning_rate or train.max_steps")
+            raise FinetuneError("training has changed nothing: nothing is written; raise train.learning_rate or "
+                                "train.max_steps")
         return Artifact(kind, family, stored(also) | now, metadata)
 
     @contextmanager

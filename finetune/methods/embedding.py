@@ -16,6 +16,7 @@ class Embedding:
 
     tokens: dict[str, dict]         # name -> init, the words, and vectors, how many
     learning_rate: float | None
+    seed: int                       # of no use: nothing of it is drawn
     trains: tuple[str, ...] = ("text",)
 
     objective: ClassVar = "denoise"
@@ -59,6 +60,4 @@ class Embedding:
                 table.strength = own
 
 
-def build(tokens: dict[str, dict], learning_rate: float | None, seed: int) -> Embedding:
-    """Nothing of it is drawn, so it has no use for the seed."""
-    return Embedding(tokens, learning_rate)
+build = Embedding

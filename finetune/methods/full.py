@@ -75,15 +75,14 @@ class Full:
             pairs = ((name, self.weights.base[name], t) for name, t in found[""].tensors.items())
             products, other = differences(pairs, self.layers.__contains__, Cut(self.extract_rank))
             lora, products = packed(products, torch.float32)
-            name = f"{metadata.get('ss_output_name', self.kind)}.lora"
+            name, lost = f"{metadata.get('ss_output_name', self.kind)}.lora", error(products.values(), other)
             found[name] = Artifact("lora", self.family, lora, metadata | {
                 "ss_output_name": name, "modelspec.title": name,
-                "finetune.extracted": f"rank {self.extract_rank}; {error(products.values(), other):.1%} of the change is left out"})
+                "finetune.extracted": f"rank {self.extract_rank}; {lost:.1%} of the change is left out"})
         return found
 
     def at(self, strength: float):
         return self.weights.at(strength)
 
 
-def build(**fields) -> Full:
-    return Full(**fields)
+build = Full

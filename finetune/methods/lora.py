@@ -13,7 +13,7 @@ from finetune.diffusion import noise
 from finetune.errors import FinetuneError
 from finetune.families.base import CLIP_TARGETS
 from finetune.methods._targets import Part, override, resolve
-from finetune.methods._variants import VARIANTS, Setting, tensor
+from finetune.methods._variants import VARIANTS, tensor
 from finetune.methods.base import restore
 
 
@@ -39,6 +39,7 @@ class Lora:
     text: dict | None
     seed: int
     trains: tuple[str, ...] = ("denoiser",)
+    strength: float = 1.0           # that it counts with now
     layers: dict[str, nn.Module] = field(default_factory=dict)      # "<part>.<published path>" -> the adapted layer
     scales: dict[str, Tensor] = field(default_factory=dict)         # the same -> its alpha, as a file has it
 
@@ -52,8 +53,6 @@ class Lora:
         from diffusers.training_utils import cast_training_params
 
         self.family = family.spec.name
-        self.setting = Setting(self.variant, self.factor, self.block, self.init, self.dropout, self.rank_dropout,
-                               self.module_dropout)
         encoders = family.spec.encoders if self.text else ()
         self.trains = ("denoiser", *encoders)
         planned = {part: self.plan(family, part) for part in self.trains}
@@ -61,7 +60,7 @@ class Lora:
             torch.manual_seed(noise.derive(self.seed, 0, "lora init") % 2**63)
             for part, layers in planned.items():
                 module = family.parts[part]
-                VARIANTS[self.variant].attach(module, layers, self.setting)
+                VARIANTS[self.variant].attach(module, layers, self)
                 cast_training_params(module, torch.float32)     # peft gives an adapter the dtype of its base,
                 module.train(module.training)                   # and has it train while the base rests
         for part, layers in planned.items():
@@ -141,12 +140,11 @@ class Lora:
     @contextmanager
     def at(self, strength: float):
         """Inside, the difference is multiplied by `strength`."""
-        self.setting.strength = strength
+        self.strength = strength
         try:
             yield
         finally:
-            self.setting.strength = 1.0
+            self.strength = 1.0
 
 
-def build(**fields) -> Lora:
-    return Lora(**fields)
+build = Lora

@@ -65,8 +65,8 @@ class Network:
         import transformers
 
         self.path, self.seen = path, {}
-        with refusing(path, "a metric looks with a local folder or a hub id of transformers, NAME:MODEL, or without a network: "
-                            "NAME:pixels"):
+        with refusing(path, "a metric looks with a local folder or a hub id of transformers, NAME:MODEL, or without a "
+                            "network: NAME:pixels"):
             self.model = opened(transformers.AutoModel, path, torch.float32)
             self.processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil")
             self.words = transformers.AutoTokenizer.from_pretrained(path) if hasattr(self.model, "get_text_features") else None

@@ -37,8 +37,8 @@ def resamples(size: int) -> np.ndarray:
 
 
 def expanded(found_R: np.ndarray, size: int) -> tuple[float, float]:
-    """The bootstrap's expanded percentile interval (Hesterberg 2015, "What Teachers Should Know About the Bootstrap"): as wide as
-    Student's t has it, for the plain percentiles of few pictures are too narrow."""
+    """The bootstrap's expanded percentile interval (Hesterberg 2015, "What Teachers Should Know About the Bootstrap"): as wide
+    as Student's t has it, for the plain percentiles of few pictures are too narrow."""
     if size < 2 or np.isnan(found_R).all():
         return NONE
     v = size - 1

@@ -64,12 +64,13 @@ def check(prompts: list[str], reader: Reader) -> None:
 
 def measure(painted: Painted, reader: Reader) -> dict[str, Measured]:
     read = reader.read(painted.pictures)
-    return {f"{head}_right": share(np.array([float(seen[head] == word) if word else np.nan for seen, word in zip(read, words)]))
+    return {f"{head}_right": share(np.array([float(seen[head] == word) if word else np.nan
+                                             for seen, word in zip(read, words)]))
             for head, words in asked(painted.prompts, reader).items()}
 
 
 def asked(prompts: list[str], reader: Reader) -> dict[str, list[str | None]]:
-    """Attribute → the word that each prompt asks for; None, and the picture does not count, unless it has exactly one of them."""
+    """Attribute → the word that each prompt asks for; None, and the picture does not count, unless it has exactly one."""
     said, found = [set(re.findall(r"\w+", prompt.lower())) for prompt in prompts], {}
     for head, words in reader.words.items():
         fits = [[word for word in words if word.lower() in some] for some in said]

@@ -1,7 +1,7 @@
 """What a metric is: numbers about pictures, as functions of how often each picture counts. `_intervals.py` draws them anew.
 
-A metric is a module with NEEDS (what has to be given beside prompts: see `train/evaluate.py`), MODEL (hub id of the network that
-it looks with, None where there is no usual one), BETTER ("higher", "lower", or "" where that depends on what is wanted)
+A metric is a module with NEEDS (what has to be given beside prompts: see `train/evaluate.py`), MODEL (hub id of the network
+that it looks with, None where there is no usual one), BETTER ("higher", "lower", or "" where that depends on what is wanted)
 and `measure(painted, eye) -> {name: Measured}`. The eye is one of `_eye.py`, or what the module's own `eye(model)` makes; a
 `check(prompts, eye)` refuses prompts before anything is painted.
 

@@ -13,8 +13,8 @@ NEEDS, MODEL, BETTER = {"training"}, "facebook/dinov2-base", ""
 
 
 def measure(painted: Painted, eye) -> dict[str, Measured]:
-    """`copies`: the share whose hash differs from a training picture's in BITS bits at most. `nearest`: mean of the highest cosine
-    to one. The nearest of a picture is the one of the most equal features, or hash where that is a copy."""
+    """`copies`: the share whose hash differs from a training picture's in BITS bits at most. `nearest`: mean of the highest
+    cosine to one. The nearest of a picture is the one of the most equal features, or hash where that is a copy."""
     cosines_NM = unit(eye.pictures(painted.pictures)) @ unit(eye.pictures(painted.training)).T
     bits_NM = np.bitwise_count(hashes(painted.pictures)[:, None] ^ hashes(painted.training))
     rows = np.arange(len(cosines_NM))

@@ -1,4 +1,4 @@
-"""Kernel distance of all pictures to all training pictures: unbiased squared MMD, KID of Bińkowski et al. 2018 on DINO's features."""
+"""Kernel distance of all pictures to all training pictures: the unbiased MMD² of Bińkowski et al. 2018, on DINO's features."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ def measure(painted: Painted, eye) -> dict[str, Measured]:
 
 
 def kernel_distance(x_ND: np.ndarray, y_MD: np.ndarray) -> Measured:
-    """mean k(x, x') + mean k(y, y') − 2 mean k(x, y) over pairs of different pictures, with k(a, b) = (a·b / D + 1)³ (their §4).
+    """mean k(x, x') + mean k(y, y') − 2 mean k(x, y) over pairs of different pictures, with k(a, b) = (a·b / D + 1)³ (§4).
     Below 0 is chance: it is unbiased. The training pictures are what they are: only x is drawn anew."""
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a @ b.T / a.shape[1] + 1) ** 3

@@ -42,8 +42,9 @@ def lpips() -> nn.Module:
     try:
         network = importlib.import_module("lpips").LPIPS(net="vgg", verbose=False)
     except (ImportError, RuntimeError) as e:        # the latter of a torchvision that was built for another torch
-        raise FinetuneError(f"objective.lpips: the package lpips cannot be loaded: {e}\n    pip install 'finetune[lpips]', and "
-                            f"a torchvision that is built for torch {torch.__version__}; or leave it out") from None
+        raise FinetuneError(f"objective.lpips: the package lpips cannot be loaded: {e}\n    pip install 'finetune[lpips]', "
+                            f"and a torchvision that is built for torch {torch.__version__}; or leave it out") from None
     except OSError as e:        # torchvision fetches the VGG
-        raise FinetuneError(f"objective.lpips: its network cannot be fetched: {e}; leave it out, or start once online") from None
+        raise FinetuneError(f"objective.lpips: its network cannot be fetched: {e}; leave it out, or start once "
+                            "online") from None
     return network.requires_grad_(False).eval()

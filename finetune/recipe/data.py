@@ -2,15 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
-from finetune.recipe.words import STRICT, Fraction, Positive, Rate, Some, Text, list_of
+from finetune.recipe.words import Fields, Fraction, Positive, Rate, Some, Text, list_of
 
 
-class Images(BaseModel):
+class Images(Fields):
     """One source of pictures and captions."""
-
-    model_config = STRICT
 
     path: Text
     """A folder of pictures, .tar shards (webdataset) by a pattern as `shards/*.tar`, a saved dataset, or a hub id."""
@@ -26,10 +24,8 @@ class Images(BaseModel):
     """Of a hub id: read only the first `limit` examples over the network and keep them, instead of downloading all."""
 
 
-class Pixels(BaseModel):
+class Pixels(Fields):
     """How a file becomes 8-bit sRGB."""
-
-    model_config = STRICT
 
     background: Annotated[str, Field(pattern="^#[0-9a-fA-F]{6}$")] = "#ffffff"
     """What transparent pixels are laid over, as `"#rrggbb"`."""
@@ -39,10 +35,8 @@ class Pixels(BaseModel):
     """A larger picture is unreadable: it may be made to fill the memory."""
 
 
-class Buckets(BaseModel):
+class Buckets(Fields):
     """Pictures of any shape: each is scaled and cropped to the nearest of some sizes with about resolution² pixels."""
-
-    model_config = STRICT
 
     step: Annotated[int, Field(ge=8, multiple_of=8)] = 64
     """Sides are multiples of this."""
@@ -54,10 +48,8 @@ class Buckets(BaseModel):
     """false: a picture that is smaller than its bucket gets a bucket of its own size, rounded down to `step`."""
 
 
-class Choice(BaseModel):
+class Choice(Fields):
     """One of several captions of a picture."""
-
-    model_config = STRICT
 
     template: Text
     """A text with `{column}`s."""
@@ -65,10 +57,8 @@ class Choice(BaseModel):
     """How often it is drawn, beside the others."""
 
 
-class Tags(BaseModel):
+class Tags(Fields):
     """Captions that are lists of tags."""
-
-    model_config = STRICT
 
     separator: Text = ","
     """What stands between two tags."""
@@ -80,10 +70,8 @@ class Tags(BaseModel):
     """Share of the other tags that is left out at every draw."""
 
 
-class Caption(BaseModel):
+class Caption(Fields):
     """How captions are made from what is written beside the pictures."""
-
-    model_config = STRICT
 
     template: Annotated[Some[Choice], list_of("template")] = (Choice(template="{text}"),)
     """A text in which `{text}` stands for the caption and `{name}` for any column, or a list of `{template, weight}`
@@ -105,10 +93,8 @@ class Caption(BaseModel):
     of its tokens, the CLIPs the beginning; it knows no pieces."""
 
 
-class Mask(BaseModel):
+class Mask(Fields):
     """What of a picture counts: the loss is averaged over the white of its mask."""
-
-    model_config = STRICT
 
     source: Text = "alpha"
     """`alpha`: the picture's own transparency; else a folder of masks with the pictures' names."""
@@ -116,10 +102,8 @@ class Mask(BaseModel):
     """How much a black pixel counts beside a white one."""
 
 
-class Inpaint(BaseModel):
+class Inpaint(Fields):
     """Where an inpainting model is to paint. The loss is that of the whole picture, as these models were trained."""
-
-    model_config = STRICT
 
     masks: Text = "random"
     """`random`: boxes and strokes, new ones at every draw, that cover 5 to 80 % of the picture; else a folder of masks
@@ -128,10 +112,8 @@ class Inpaint(BaseModel):
     """Share of draws in which all of the picture is to be painted."""
 
 
-class Prior(BaseModel):
+class Prior(Fields):
     """Prior preservation (DreamBooth): pictures of the class are trained along, so that the class stays what it was."""
-
-    model_config = STRICT
 
     images: Text | None = None
     """A folder of class pictures; null: all are made by the base."""
@@ -149,10 +131,8 @@ class Prior(BaseModel):
     """Guidance of those that are made; 1 is none."""
 
 
-class Validation(BaseModel):
+class Validation(Fields):
     """Pictures that are held out; copies of one picture stay on one side. Give one of the three."""
-
-    model_config = STRICT
 
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the pictures that is held out, drawn by the seed."""
@@ -168,10 +148,8 @@ class Validation(BaseModel):
         return self
 
 
-class Data(BaseModel):
+class Data(Fields):
     """The pictures and captions that are learned from."""
-
-    model_config = STRICT
 
     images: Annotated[Some[Images], list_of("path")]
     """Folder of pictures with captions in metadata.jsonl or in a .txt beside each picture; or a list of sources, such as

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from finetune.recipe.words import STRICT, Fraction, Positive, Rate, Some, Text
+from finetune.recipe.words import Fields, Fraction, Positive, Rate, Some, Text
 
 LOW_RANK = ("lora", "rslora", "dora")
 OWN = {     # what only some variants have, and its value where they have it
@@ -14,10 +14,8 @@ OWN = {     # what only some variants have, and its value where they have it
     "max_norm": (("lora", "rslora", "loha", "lokr"), None)}
 
 
-class TextLora(BaseModel):
+class TextLora(Fields):
     """The same adapter on the text encoders."""
-
-    model_config = STRICT
 
     rank: Positive | None = None
     """Rank there; null is the method's."""
@@ -29,10 +27,8 @@ class TextLora(BaseModel):
     """Their own learning rate, often a half or less; null is the method's."""
 
 
-class Lora(BaseModel):
+class Lora(Fields):
     """Low-rank adapter on linear and convolution layers, or one of its relatives."""
-
-    model_config = STRICT
 
     kind: Literal["lora"]
     """The method."""
@@ -105,13 +101,11 @@ def _some_token(tokens: dict) -> dict:
     return tokens
 
 
-class Token(BaseModel):
+class Token(Fields):
     """A word that is learned, or one word for each value of a column."""
 
-    model_config = STRICT
-
     init: Text | None = None
-    """Words that it begins as, such as `dog`; of a column each value's own words, if left out."""
+    """Fields that it begins as, such as `dog`; of a column each value's own words, if left out."""
     vectors: Annotated[int, Field(ge=1, le=75)] = 1
     """How many vectors it is made of: more can hold more, and take as much room in each prompt."""
     column: Text | None = None
@@ -124,10 +118,8 @@ class Token(BaseModel):
         return self
 
 
-class Embedding(BaseModel):
+class Embedding(Fields):
     """Learned words (textual inversion): the model stays as it is."""
-
-    model_config = STRICT
 
     kind: Literal["embedding"]
     """The method."""
@@ -140,20 +132,16 @@ class Embedding(BaseModel):
     """Share of the run after which it stays as it is."""
 
 
-class TextFull(BaseModel):
+class TextFull(Fields):
     """The text encoders' own weights; their tokens stay."""
-
-    model_config = STRICT
 
     learning_rate: Rate | None = None
     """Their own learning rate; null is the method's."""
 
 
-class Full(BaseModel):
+class Full(Fields):
     """The weights of the denoiser themselves. What comes out is a whole model, a diffusers folder or
     a single file."""
-
-    model_config = STRICT
 
     kind: Literal["full"]
     """The method."""
@@ -170,11 +158,9 @@ class Full(BaseModel):
     """Share of the run after which it stays as it is."""
 
 
-class Control(BaseModel):
-    """A branch beside the denoiser of sd1, sd2 or sdxl that sees a condition picture (ControlNet); what it is shown in training
-    is data.condition."""
-
-    model_config = STRICT
+class Control(Fields):
+    """A branch beside the denoiser of sd1, sd2 or sdxl that sees a condition picture (ControlNet); what it is shown in
+    training is data.condition."""
 
     kind: Literal["control"]
     """The method."""
@@ -184,10 +170,8 @@ class Control(BaseModel):
     """Share of the run after which it stays as it is."""
 
 
-class VaeDecoder(BaseModel):
+class VaeDecoder(Fields):
     """The decoder of the VAE, for sharper pictures from the same latents; captions are not needed."""
-
-    model_config = STRICT
 
     kind: Literal["vae_decoder"]
     """The method."""

@@ -1,29 +1,12 @@
 """The words of the loss; schema.py has the others."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from finetune.recipe.words import NAMED, STRICT, Fraction, Positive, Rate, registered
+from finetune.recipe.words import NAMED, Fields, Fraction, Kind, Positive, Rate, registered
 
 Part = Annotated[float, Field(ge=0)]
-
-
-class Kind(BaseModel):
-    """A word and what belongs to it alone; the rest must be left out."""
-
-    model_config = STRICT | {"validate_default": True}
-    own: ClassVar[dict[str, dict]]      # kind → its own fields and their defaults
-
-    @field_validator("*")
-    @classmethod
-    def _of_its_kind(cls, value: object, info: ValidationInfo) -> object:
-        kind, owners = info.data.get("kind"), [kind for kind, fields in cls.own.items() if info.field_name in fields]
-        if kind is None or not owners:
-            return value
-        if kind not in owners and value is not None:
-            raise ValueError(f"is of {', '.join(owners)}, and the kind is {kind}; leave it out")
-        return cls.own[kind].get(info.field_name) if value is None else value
 
 
 class Path(Kind):
@@ -117,10 +100,8 @@ class Weighting(Kind):
     """Of edm: the deviation of the latents, 0.5 if left out."""
 
 
-class Noise(BaseModel):
+class Noise(Fields):
     """What is added to the white noise."""
-
-    model_config = STRICT
 
     offset: Annotated[float, Field(ge=0)] = 0.0
     """Strength of an even noise in each channel, about 0.05: dark and bright pictures are learned better."""

@@ -7,13 +7,13 @@ key is an error. Only a whole number may stand where any number is wanted, and a
 import warnings
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from finetune.recipe.data import Data
 from finetune.recipe.method import Control, Embedding, Full, Lora, VaeDecoder
 from finetune.recipe.objective import Objective
 from finetune.recipe.train import Train
-from finetune.recipe.words import STRICT, Many, Positive, Rate, Seed, Some, Text, different, list_of, registered
+from finetune.recipe.words import Fields, Many, Positive, Rate, Seed, Some, Text, different, list_of, registered
 
 warnings.filterwarnings("ignore", 'Field name "validate"')     # pydantic's own, an old name that nothing here calls
 
@@ -26,7 +26,7 @@ def _kinds(known: dict) -> set[str]:
 
 
 def _export(known: dict) -> tuple[str, ...]:
-    """A whole model and a control branch are diffusers folders; of SD 3's LoRAs more tools read the names of diffusers than the others."""
+    """A whole model and a control branch are diffusers folders; of SD 3's LoRAs more tools read diffusers' names."""
     sd3 = "base" in known and known["base"].family == "sd3"
     loras = [method.variant for method in known.get("method", ()) if method.kind == "lora"]
     theirs = _kinds(known) & {"full", "control"} or sd3 and loras and not {*loras} - {"lora", "rslora"}
@@ -38,10 +38,8 @@ def _listed(value):
     return [value] if isinstance(value, dict) else value
 
 
-class Merged(BaseModel):
+class Merged(Fields):
     """An adapter that is merged into the base before anything else."""
-
-    model_config = STRICT
 
     path: Text
     """A .safetensors file in any format that is read."""
@@ -49,10 +47,8 @@ class Merged(BaseModel):
     """How often it counts."""
 
 
-class Base(BaseModel):
+class Base(Fields):
     """The model that is fine-tuned; its weights stay frozen."""
-
-    model_config = STRICT
 
     family: Annotated[str, registered("families")] = "sd1"
     """The family of the model."""
@@ -92,8 +88,8 @@ class Base(BaseModel):
     @classmethod
     def _nothing_to_merge(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value and info.data.get("adapters"):
-            raise ValueError("base.adapters cannot be merged into few bits; merge them first, with `finetune merge`, and give what "
-                             "that writes as base.path")
+            raise ValueError("base.adapters cannot be merged into few bits; merge them first, with `finetune merge`, and give "
+                             "what that writes as base.path")
         return value
 
     @property
@@ -102,13 +98,13 @@ class Base(BaseModel):
         return {part: path for part in ("denoiser", "text", "text_2", "text_3", "vae") if (path := getattr(self, part))}
 
 
-class Preview(BaseModel):
+class Preview(Fields):
     """The pictures that are sampled on the way: the base beside what is trained so far."""
-
-    model_config = STRICT
 
     prompts: Many[str] = ()
     """One row for each prompt and seed."""
+    conditions: Annotated[Many[Text], AfterValidator(different)] = ()
+    """Of the method control: pictures such as data.condition has; one row for each of them with each prompt and seed."""
     seeds: Some[Seed] = (0,)
     """Seeds that each prompt is sampled with."""
     strengths: Annotated[Some[Rate], AfterValidator(different)] = (1.0,)
@@ -123,10 +119,8 @@ class Preview(BaseModel):
     """Keep the first preview of what was trained in the adapter's metadata, as a small JPEG that some web UIs show it by."""
 
 
-class Every(BaseModel):
+class Every(Fields):
     """How often, in optimizer steps, something is done beside training."""
-
-    model_config = STRICT
 
     log: Positive = 10
     """Write a line to metrics.jsonl."""
@@ -138,10 +132,8 @@ class Every(BaseModel):
     """Save a checkpoint; 0 is only when the run ends or is stopped."""
 
 
-class Recipe(BaseModel):
+class Recipe(Fields):
     """A whole run: everything that decides what comes out."""
-
-    model_config = STRICT
 
     base: Base
     """The model that is fine-tuned."""
@@ -159,9 +151,9 @@ class Recipe(BaseModel):
     """How often something is done beside training."""
     export: Annotated[Some[Annotated[str, registered("formats")]], AfterValidator(different)] = Field(
         default_factory=_export)
-    """Formats that the result is written in, such as [kohya, diffusers]. Left out it is kohya, which most tools read; diffusers
-    for the methods full and control, whose results are diffusers folders (single_file writes that in the original naming), and for a LoRA of
-    sd3, which has no form that all tools read."""
+    """Formats that the result is written in, such as [kohya, diffusers]. Left out it is kohya, which most tools read;
+    diffusers for the methods full and control, whose results are diffusers folders (single_file writes that in the original
+    naming), and for a LoRA of sd3, which has no form that all tools read."""
 
     @field_validator("method")
     @classmethod
@@ -170,8 +162,8 @@ class Recipe(BaseModel):
         different(kinds)
         base = info.data.get("base")
         if base and base.quantize and (own := {"full", "control", "vae_decoder"} & set(kinds)):
-            raise ValueError(f"{own.pop()} trains weights of the base, or a copy, which base.quantize: {base.quantize} holds in few bits; "
-                             "leave one of them out")
+            raise ValueError(f"{own.pop()} trains weights of the base, or a copy, which base.quantize: {base.quantize} holds "
+                             "in few bits; leave one of them out")
         data, control = info.data.get("data"), "control" in kinds
         if data and control != bool(data.condition):
             raise ValueError("control wants data.condition, a folder with what it is to see of each picture" if control else
@@ -195,15 +187,24 @@ class Recipe(BaseModel):
         if train.compile and "vae_decoder" in _kinds(info.data):
             raise ValueError("compile: is of the denoiser, which vae_decoder does not run; leave it out")
         if train.gradient_release and "data" in info.data and info.data["data"].prior:
-            raise ValueError("gradient_release: data.prior adds a batch to each step, and there is no gradient to add up with; "
-                             "leave one of the two out")
+            raise ValueError("gradient_release: data.prior adds a batch to each step, and there is no gradient to add up "
+                             "with; leave one of the two out")
         return train
+
+    @field_validator("preview")
+    @classmethod
+    def _something_that_follows(cls, preview: Preview, info: ValidationInfo) -> Preview:
+        if preview.conditions and "method" in info.data and not ("control" in _kinds(info.data) and preview.prompts):
+            raise ValueError("conditions: are for the method control, and go with preview.prompts; leave them out")
+        return preview
 
     @field_validator("every")
     @classmethod
     def _something_to_look_at(cls, every: Every, info: ValidationInfo) -> Every:
         if every.preview and "preview" in info.data and not info.data["preview"].prompts:
             raise ValueError(f"preview: {every.preview} has nothing to sample: preview.prompts is empty")
+        if every.preview and "preview" in info.data and "control" in _kinds(info.data) and not info.data["preview"].conditions:
+            raise ValueError(f"preview: {every.preview} has nothing to follow: preview.conditions is empty")
         if not every.preview and "preview" in info.data and info.data["preview"].thumbnail:
             raise ValueError("preview.thumbnail is the first preview, and preview: 0 samples none")
         if every.validate and "data" in info.data and not info.data["data"].validation:

@@ -3,15 +3,13 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from finetune.recipe.words import NAMED, STRICT, Fraction, Many, Pair, Positive, Rate, Seed, Text, different
+from finetune.recipe.words import NAMED, Fields, Fraction, Kind, Many, Pair, Positive, Rate, Seed, Text, different
 
 
-class Ema(BaseModel):
+class Ema(Fields):
     """An exponential moving average of what is trained; exports and previews then show the average."""
-
-    model_config = STRICT
 
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """Share of the average that survives a step."""
@@ -19,32 +17,25 @@ class Ema(BaseModel):
 
 BETAS = {"adamw": (0.9, 0.999), "adamw8bit": (0.9, 0.999), "lion": (0.9, 0.99), "lion8bit": (0.9, 0.99),
          "prodigy": (0.9, 0.999), "schedule_free_adamw": (0.9, 0.999)}      # the others have none
-SHAPED = {"cycles": ("cosine_restarts", 2), "power": ("polynomial", 2.0), "decay": ("wsd", 0.2)}
 
 
-class Schedule(BaseModel):
+class Schedule(Kind):
     """Course of the learning rate after the warm-up."""
 
-    model_config = STRICT
+    own = {"constant": {}, "linear": {}, "cosine": {}, "cosine_restarts": {"cycles": 2}, "polynomial": {"power": 2.0},
+           "wsd": {"decay": 0.2}}
+    called = "schedule"
 
     kind: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial", "wsd"] = "constant"
     """constant stays at the peak, the others fall from it: cosine_restarts several times, wsd (stable, then decay) late."""
-    cycles: Positive | None = Field(None, validate_default=True)
+    cycles: Positive | None = None
     """Of cosine_restarts: how often it falls, 2 if left out."""
-    power: Rate | None = Field(None, validate_default=True)
+    power: Rate | None = None
     """Of polynomial: the exponent, 2 if left out; 1 is linear."""
-    decay: Annotated[float, Field(gt=0, le=1)] | None = Field(None, validate_default=True)
+    decay: Annotated[float, Field(gt=0, le=1)] | None = None
     """Of wsd: the share of the steps at the end in which it falls, 0.2 if left out."""
     floor: Fraction = 0.0
     """The share of the peak that it falls to."""
-
-    @field_validator(*SHAPED)
-    @classmethod
-    def _of_its_kind(cls, value: float | None, info: ValidationInfo) -> float | None:
-        (owner, default), kind = SHAPED[info.field_name], info.data.get("kind")
-        if value is not None and kind not in (owner, None):
-            raise ValueError(f"is of {owner}, and the schedule is {kind}; leave it out")
-        return default if value is None and kind == owner else value
 
     @field_validator("floor")
     @classmethod
@@ -54,10 +45,8 @@ class Schedule(BaseModel):
         return floor
 
 
-class Train(BaseModel):
+class Train(Fields):
     """How long, how fast and with what the loop steps."""
-
-    model_config = STRICT
 
     max_steps: Positive = 1000
     """Optimizer steps in all."""
@@ -97,9 +86,12 @@ class Train(BaseModel):
     """Compute activations twice instead of keeping them: less memory, about a third slower."""
     compile: bool = False
     """Compile the denoiser's blocks with torch.compile: minutes at the start, for each bucket anew, and other rounding."""
+    lean: bool | None = None
+    """Frozen layers keep nothing for gradients of their own, a tenth to a quarter less activations; on a CPU they are also
+    faster, and round otherwise. null is true on a CPU; on a GPU it costs Python in every step. Not together with compile."""
     deterministic: bool = False
-    """On a GPU use deterministic kernels alone, so that the same run gives the same bytes there too; slower, by how much is not
-    measured. On a CPU it changes nothing: there it is always so."""
+    """On a GPU use deterministic kernels alone, so that the same run gives the same bytes there too; slower, by how much is
+    not measured. On a CPU it changes nothing: there it is always so."""
     threads: Positive | None = None
     """CPU threads of one process; null shares out all cores."""
     keep_checkpoints: Positive = 2
@@ -111,7 +103,8 @@ class Train(BaseModel):
     the same command continues. null is as long as it takes."""
 
     trackers: Annotated[Many[Text], AfterValidator(different)] = ()
-    """Where the log and the previews go too, as Accelerate names them: tensorboard (into trackers/ of the run), wandb, mlflow, …"""
+    """Where the log and the previews go too, as Accelerate names them: tensorboard (into trackers/ of the run), wandb,
+    mlflow, …"""
     keep_best: bool | Text = False
     """Also hand over the best, in adapter/best/: true is what had the least loss on held-out pictures, and the name of one of
     preview.metrics, such as dino, what was best by that."""
@@ -145,6 +138,13 @@ class Train(BaseModel):
             raise ValueError(f"{' and '.join(why for why, so in needs.items() if so)} the whole gradient, of which there is "
                              "never more than a part; clip_norm: null and gradient_accumulation: 1 go with it")
         return release
+
+    @field_validator("lean")
+    @classmethod
+    def _not_compiled(cls, lean: bool | None, info: ValidationInfo) -> bool | None:
+        if lean and info.data.get("compile"):
+            raise ValueError("what is compiled decides by itself what it keeps; leave one of the two out")
+        return lean
 
     @field_validator("schedule")
     @classmethod

@@ -1,16 +1,38 @@
 """What the words of a recipe are made of: types with their limits, and shorter ways to write a value."""
 
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from finetune import registry
 from finetune.errors import FinetuneError
 
 T = TypeVar("T")
-STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False,
-                    use_attribute_docstrings=True)
+
+
+class Fields(BaseModel):
+    """Nothing is converted, no key is unknown, and the docstring under a field is its manual."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Kind(Fields):
+    """A word and what belongs to it alone; the rest must be left out."""
+
+    model_config = ConfigDict(validate_default=True)
+    own: ClassVar[dict[str, dict]]      # kind → its own fields and their defaults
+    called: ClassVar[str] = "kind"
+
+    @field_validator("*")
+    @classmethod
+    def _of_its_kind(cls, value: object, info: ValidationInfo) -> object:
+        kind, owners = info.data.get("kind"), [kind for kind, fields in cls.own.items() if info.field_name in fields]
+        if kind is None or not owners:
+            return value
+        if kind not in owners and value is not None:
+            raise ValueError(f"is of {', '.join(owners)}, and the {cls.called} is {kind}; leave it out")
+        return cls.own[kind].get(info.field_name) if value is None else value
 
 
 def _registered(group: str, name: str) -> str:

@@ -52,7 +52,8 @@ def load(words: list[tuple[Path, float]], family) -> list[Adapter]:
         if misfits := families.misfits(family.parts, each.artifact):
             raise FinetuneError(f"--adapter {each.path}: does not fit this base: {'; '.join(misfits[:3])}")
         if each.artifact.kind == "embedding" and each.strength != 1:
-            raise FinetuneError(f"--adapter {each.path}:{each.strength:g}: a learned token has no strength; prompts name it or not")
+            raise FinetuneError(f"--adapter {each.path}:{each.strength:g}: a learned token has no strength; prompts name it "
+                                "or not")
     return adapters
 
 
@@ -71,5 +72,6 @@ def on(family, adapters: list[Adapter], factor: float = 1.0) -> Iterator[None]:
     words = {formats.token(each.path): formats.rows(each.artifact) for each in adapters if each.artifact.kind == "embedding"}
     weights = [(each.artifact, each.strength * factor) for each in adapters
                if each.artifact.kind not in ("embedding", "control") and each.strength * factor]
-    with families.merged(family.parts, weights), tokens.added(family, words if factor else {}), _control.added(family, branches):
+    with families.merged(family.parts, weights), tokens.added(family, words if factor else {}), \
+            _control.added(family, branches):
         yield

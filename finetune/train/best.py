@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 
-import torch
-
 from finetune import registry
 from finetune.artifact import write_safetensors
 from finetune.recipe import Recipe
 from finetune.runfolder import RunFolder
 from finetune.train.setup import Run
+from finetune.train.stop import most
 from finetune.train.window import write
 
 
@@ -47,6 +46,4 @@ def over(run: Run) -> bool:
     if run.accelerator.is_main_process:
         steps = history(run.folder, criterion(run.recipe)[0])
         ended = (first := best(run)) is not None and sum(step > first for step in steps) >= patience
-    if run.accelerator.num_processes == 1:
-        return ended
-    return bool(run.accelerator.gather(torch.tensor([ended], device=run.accelerator.device)).max())
+    return bool(most(run.accelerator, ended))

@@ -11,13 +11,13 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from finetune import __version__
+from finetune.disk import writing
 from finetune.errors import FinetuneError
-from finetune.recipe import Recipe, load
+from finetune.recipe import Recipe
 from finetune.recipe.resolved import written
-from finetune.runfolder import RunFolder
 from finetune.train.evaluate import table
 from finetune.train.export import named, public
-from finetune.train.report import sentence, uses
+from finetune.train.report import Told, told
 
 HERE = {    # how diffusers gets a file straight from the repository
     "lora": 'pipe.load_lora_weights("{to}", weight_name="{file}")',
@@ -39,17 +39,16 @@ def check_name(to: str) -> None:
 
 def write(run: Path, out: Path, to: str, licence: str) -> list[Path]:
     """Fill a folder. Raises FinetuneError for a run without proven files, and for a folder with other things in it."""
-    try:
-        recipe = load(run / "resolved.yaml").recipe
-        proof = json.loads((run / "adapter" / "verify.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise FinetuneError(f"{run}: is no run that is done and proven: {e}") from None
+    known = told(run)
+    proof = known.proof
+    if not proof:
+        raise FinetuneError(f"{run}: is no run that is done and proven: it has no adapter/verify.json")
     missing = [name for name in proof if not (run / "adapter" / name).exists()]
     failed = [name for name, checks in proof.items() if not all(check["passed"] for check in checks)]
-    if missing or failed or not proof:
-        raise FinetuneError(f"{run}: {', '.join(missing + failed) or 'nothing'} in adapter/ is not there, or not proven to "
-                            "work; only what is proven is pushed")
-    try:
+    if missing or failed:
+        raise FinetuneError(f"{run}: {', '.join(missing + failed)} in adapter/ is not there, or not proven to work; only what "
+                            "is proven is pushed")
+    with writing(f"{out}:"):
         if out.exists() and any(out.iterdir()):
             raise FinetuneError(f"{out}: is not empty; name a new folder")
         out.mkdir(parents=True, exist_ok=True)
@@ -63,32 +62,30 @@ def write(run: Path, out: Path, to: str, licence: str) -> list[Path]:
         previews = sorted((run / "previews").glob("step-*.png"))
         if previews:
             shutil.copyfile(previews[-1], out / "preview.png")
-        (out / "README.md").write_text(text(run, recipe, proof, to, licence, bool(previews)), encoding="utf-8")
-    except OSError as e:
-        raise FinetuneError(f"{out}: cannot be written: {e.strerror or e}") from None
+        (out / "README.md").write_text(text(known, to, licence, bool(previews)), encoding="utf-8")
     return sorted(file for file in out.rglob("*") if file.is_file())
 
 
-def text(run: Path, recipe: Recipe, proof: dict, to: str, licence: str, pictured: bool) -> str:
+def text(run: Told, to: str, licence: str, pictured: bool) -> str:
     """The card: what the hub reads, then what people read."""
+    recipe = run.recipe
     templates = [re.sub(r"\{\w*\}", "", choice.template).strip(" ,") for choice in recipe.data.caption.template]
     calls = [word for word in dict.fromkeys([recipe.data.caption.trigger, *templates, *(
         token for method in recipe.method if method.kind == "embedding" for token in method.tokens)]) if word]
     kinds, base = [method.kind for method in recipe.method], hub_id(recipe.base.path)
     head = ModelCardData(license=licence, base_model=base, library_name="diffusers", pipeline_tag="text-to-image",
                          tags=["finetune", recipe.base.family, *kinds], instance_prompt=", ".join(calls) or None)
-    how = uses(recipe, proof)
-    here = [HERE[kind].format(to=to, file=file, stem=Path(file).stem) for kind, (file, _) in zip(kinds, how)]
-    parts = [f"---\n{head.to_yaml().strip()}\n---", f"# {to.partition('/')[2]}", f"{line(sentence(recipe))}.",
+    here = [HERE[kind].format(to=to, file=file, stem=Path(file).stem) for kind, (file, _) in zip(kinds, run.uses)]
+    parts = [f"---\n{head.to_yaml().strip()}\n---", f"# {to.partition('/')[2]}", f"{line(run.sentence)}.",
              *(["![base beside what was trained](preview.png)"] if pictured else []),
              *(["## Words that call it", " · ".join(map(code, calls))] if calls else []),
              "## How to use it", fenced("\n".join(here), "python")]
-    for file, tools in how:
+    for file, tools in run.uses:
         parts += [f"{code(file)}:", "\n".join(f"- **{tool}**: {line(words)}" for tool, words in tools)]
     parts += ["## How it was trained", f"With finetune {__version__} and this recipe; what it leaves out is at its default.",
-              fenced(written(told(recipe)), "yaml"), *measured(run), "## Proof",
+              fenced(written(spoken(recipe)), "yaml"), *measured(run), "## Proof",
               "\n".join(f"- {code(file)}: {len(checks)} checks passed ({line(', '.join(check['name'] for check in checks))})"
-                        for file, checks in proof.items())]
+                        for file, checks in run.proof.items())]
     return "\n\n".join(parts) + "\n"
 
 
@@ -98,7 +95,7 @@ def hub_id(path: str) -> str | None:
     return path if fits and not Path(path).exists() else None
 
 
-def told(recipe: Recipe) -> dict:
+def spoken(recipe: Recipe) -> dict:
     """The recipe without its defaults, and with the names alone of folders and files."""
     whole = {word: {key: value for key, value in words.items() if value != {}} if isinstance(words, dict) else words
              for word, words in public(named(recipe.model_dump(mode="json", exclude_defaults=True))).items()}
@@ -106,12 +103,12 @@ def told(recipe: Recipe) -> dict:
     return whole | {"base": whole["base"] | {"path": hub_id(recipe.base.path) or whole["base"]["path"]}}
 
 
-def measured(run: Path) -> list[str]:
+def measured(run: Told) -> list[str]:
     """The last losses, and the table of an eval that was written into a folder of the run."""
-    lines = RunFolder(run, run.name).logged()
-    last = {key: [each[key] for each in lines if each.get(key) is not None][-1:] for key in ("loss", "validation_loss")}
+    last = {key: [each[key] for each in run.lines if each.get(key) is not None][-1:] for key in ("loss", "validation_loss")}
     said = [f"{key.replace('_', ' ')}: {value[0]:.4g}" for key, value in last.items() if value]
-    tables = [table(json.loads(file.read_text(encoding="utf-8"))["metrics"]) for file in sorted(run.glob("*/eval.json"))]
+    tables = [table(json.loads(file.read_text(encoding="utf-8"))["metrics"])
+              for file in sorted(run.folder.glob("*/eval.json"))]
     return ["## Numbers", "At the end, " + ", ".join(said) + ".", *map(fenced, tables)] if said or tables else []
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from torch import Tensor
 
 from finetune.artifact import read_header, read_tensors, write_safetensors
+from finetune.disk import sync, write_json, writing
 from finetune.errors import FinetuneError
-from finetune.runfolder import RunFolder, sync, write_json
+from finetune.runfolder import RunFolder
 
 MANIFEST = "manifest.json"
 DAMAGED = (FinetuneError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what `load` raises
@@ -37,10 +38,11 @@ def save(folder: RunFolder, state: State, keep_last: int, keep_every: int | None
     staging = final.with_name(f".{final.name}.part")
     if final.exists():      # complete, or it would not have its name; and a step has one outcome
         return final
-    try:
+    with writing(f"the checkpoint {final}", "; earlier checkpoints are untouched"):
         staging.mkdir(parents=True)
         write_safetensors(staging / "parameters.safetensors", state.parameters, {})
-        write_safetensors(staging / "optimizer.safetensors", state.optimizer, {"plain": json.dumps(state.plain, sort_keys=True)})
+        plain = json.dumps(state.plain, sort_keys=True)
+        write_safetensors(staging / "optimizer.safetensors", state.optimizer, {"plain": plain})
         if state.ema is not None:
             write_safetensors(staging / "ema.safetensors", state.ema, {})
         if folder.metrics.exists():     # the checkpoint must not outlive its log
@@ -54,8 +56,6 @@ def save(folder: RunFolder, state: State, keep_last: int, keep_every: int | None
             if not keep_every or step(old) % keep_every:
                 os.replace(old, doomed := old.with_name(f".{old.name}.part"))      # gone as a whole, wherever a kill falls
                 shutil.rmtree(doomed)
-    except OSError as e:
-        raise FinetuneError(f"the checkpoint {final} cannot be written: {e.strerror}; earlier checkpoints are untouched") from None
     return final
 
 

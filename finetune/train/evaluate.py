@@ -23,10 +23,8 @@ from finetune.metrics._eye import Network, Pixels
 from finetune.metrics._intervals import LEVEL, RESAMPLES, facts
 from finetune.metrics.base import Album, Measured, Painted, album
 from finetune.train import adapters
-from finetune.train.infotext import png_info
 from finetune.train.jobs import Job
 from finetune.train.preview import grid
-from finetune.train.sampling import generate, write
 
 MANY = 50           # pictures below which a distance of sets says next to nothing
 SHOWN = 8           # rows of a sheet
@@ -75,7 +73,7 @@ def of_run(folder: Path) -> Subject:
 
 
 def metrics(words: Sequence[str], given: set[str], place: str = "--metric ") -> list[Metric]:
-    """Those that are named, NAME[:MODEL], at that place; all that what is `given` allows, when none is. Raises FinetuneError."""
+    """Those that are named, NAME[:MODEL], at that place; when none is, all that what is `given` allows. FinetuneError."""
     found, problems = [], []
     for word in words or registry.names("metrics"):
         name, _, model = word.partition(":")
@@ -109,19 +107,6 @@ def training(place: str) -> Album:
     index = build([Source(place)], Reading(), None, lambda line: None, True, "--images")
     encode.refuse([note for note in index.notes if note.fatal])
     return Album([index.name(i) for i in range(len(index))], index.read)
-
-
-def paint(family, loaded: list[adapters.Adapter], jobs: list[Job], files: list[Path], batch: int, say: str) -> None:
-    """The pictures of the jobs, into these files."""
-    with adapters.on(family, loaded):
-        pipeline = family.pipeline()
-        changes = family.source.changes
-        about = {"base": family.source.name, "scheduler": type(pipeline.scheduler).__name__, "version": __version__,
-                 "clip_skip": changes.clip_skip, "parts": {part: Path(path).name for part, path in changes.parts.items()},
-                 "adapters": {each.path.name: each.strength for each in loaded}}
-        loras = {each.path.stem: each.strength for each in loaded if each.artifact.kind == "lora"}
-        for job, file, picture in zip(jobs, files, generate(pipeline, jobs, batch, say)):
-            write(picture, file, png_info(job.facts() | about, loras))
 
 
 def places(folder: Path, jobs: Sequence[Job]) -> list[Path]:
@@ -195,7 +180,8 @@ def nearest(measured: dict[str, Measured], files: dict[str, list[Path]], learned
     said = [{"of": name, "picture": f"{name}/{files[name][i].name}", "training": learned.names[j], "cosine": cosine,
              "bits": bits} for name, i, j, cosine, bits in found]
     rows = [[Image.open(files[name][i]), learned[j]] for name, i, j, _, _ in found]
-    labels = [f"{one['picture']} · {Path(one['training']).name} · cosine {one['cosine']:.3f}, {one['bits']} bits differ" for one in said]
+    labels = [f"{one['picture']} · {Path(one['training']).name} · cosine {one['cosine']:.3f}, {one['bits']} bits differ"
+              for one in said]
     return said, grid(rows, labels, ["sampled", "nearest in training"])
 
 

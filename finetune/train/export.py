@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from base64 import b64encode
 from collections import Counter
 from dataclasses import replace
@@ -14,11 +15,12 @@ from finetune import __version__
 from finetune.artifact import WHOLE, Artifact, modules, weights_of
 from finetune.change import core
 from finetune.data.loader import Stream
+from finetune.disk import write_text
 from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.formats import base as formats
 from finetune.formats import single_file
-from finetune.runfolder import RunFolder, write_text
+from finetune.runfolder import RunFolder
 from finetune.tokens import hidden
 from finetune.train import verify
 from finetune.train.preview import resting
@@ -55,8 +57,8 @@ def write(artifacts: dict[str, Artifact], folder: RunFolder, format_names: list[
                 path = path.with_suffix("")
                 family.parts["control"].save_config(path)
             formats.save(artifact, weights_of(path), name, spec)
-            again = formats.load(path, spec).tensors
-            same = again.keys() == artifact.tensors.keys() and all(torch.equal(again[k], t) for k, t in artifact.tensors.items())
+            again, own = formats.load(path, spec).tensors, artifact.tensors
+            same = again.keys() == own.keys() and all(torch.equal(again[name], t) for name, t in own.items())
             assert same, f"{path}: what was written is not what was trained"
             paths.append(path)
     return paths
@@ -65,7 +67,31 @@ def write(artifacts: dict[str, Artifact], folder: RunFolder, format_names: list[
 def prove(run: Run, paths: list[Path]) -> dict[str, list[verify.Check]]:
     """Check each file against the training model; verify.json keeps the result.
 
-    Raises FinetuneError when one fails, after renaming it to NAME.refused: nothing bad keeps the name of a good file."""
+    Raises FinetuneError when one fails, or when a part of the base is no longer there to check with, after renaming what is
+    not proven to NAME.refused: nothing keeps the name of a good file that is none."""
+    try:
+        results = checked(run, paths)
+    except Exception as e:
+        files = " and ".join(str(refused(path)) for path in paths)
+        if isinstance(e, FinetuneError):
+            raise FinetuneError(f"{e}\n    so the adapter is not proven to work, and is renamed to {files}") from None
+        raise
+    write_text(run.folder.adapters / "verify.json", verify.as_json(results))
+    for path in paths:
+        if not all(check.passed for check in results[path.name]):
+            raise FinetuneError(f"the adapter is not proven to work and is renamed to {refused(path)}; the checkpoints stay\n"
+                                + verify.table(results[path.name]))
+    return results
+
+
+def refused(path: Path) -> Path:
+    """The file, or folder, under a name that nobody takes for a proven one's."""
+    aside = path.with_suffix(".refused")
+    shutil.rmtree(aside, ignore_errors=True)        # of an earlier try
+    return path.replace(aside)
+
+
+def checked(run: Run, paths: list[Path]) -> dict[str, list[verify.Check]]:
     expected = {}
     for strength in verify.STRENGTHS:
         with run.method.at(strength):
@@ -74,14 +100,7 @@ def prove(run: Run, paths: list[Path]) -> dict[str, list[verify.Check]]:
     with run.method.at(0):
         tokens = {token: states for method in run.method.methods if method.kind == "embedding"
                   for token, states in said(run, method).items()}
-        results = {path.name: verify.verify(path, run.family, tokens.get(formats.token(path), expected)) for path in paths}
-    write_text(run.folder.adapters / "verify.json", verify.as_json(results))
-    for path in paths:
-        if not all(check.passed for check in results[path.name]):
-            refused = path.replace(path.with_suffix(".refused"))
-            raise FinetuneError(f"the adapter is not proven to work and is renamed to {refused}; the checkpoints stay\n"
-                                + verify.table(results[path.name]))
-    return results
+        return {path.name: verify.verify(path, run.family, tokens.get(formats.token(path), expected)) for path in paths}
 
 
 def said(run: Run, method) -> dict[str, dict[float, torch.Tensor]]:
@@ -161,7 +180,7 @@ def metadata(run: Run) -> dict[str, str]:
 
 
 def thumbnail(run: Run) -> str:
-    """The first preview of what is trained now, as a data URI: of up to 256 pixels a side, as modelspec wants it, some 10 KB."""
+    """The first preview of what is trained now, as a data URI: up to 256 pixels a side, as modelspec wants it, some 10 KB."""
     with resting(run.family.parts):
         picture = next(generate(run.family.pipeline(), previews(run.recipe)[:1]))
     picture.thumbnail((256, 256))
@@ -198,4 +217,5 @@ def named(words, key: str = ""):
         return {key: named(own, key) for key, own in words.items()}
     if isinstance(words, list):
         return [named(own, key) for own in words]
-    return _name(words) if isinstance(words, str) and key in ("path", "images", "files", "source", "condition", "start_from") else words
+    places = ("path", "images", "files", "source", "condition", "conditions", "start_from")
+    return _name(words) if isinstance(words, str) and key in places else words

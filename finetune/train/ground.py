@@ -51,7 +51,7 @@ class Ground:
 
 
 def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
-    """The pictures and the base, all but its denoiser on the device. Raises FinetuneError for what cannot be read, or not be together."""
+    """The pictures and the base, all but its denoiser on the device. FinetuneError for what cannot be read, or be together."""
     if recipe.data.prior and recipe.objective.kind == "decode":
         raise FinetuneError("data.prior: a VAE knows no classes; leave it out")
     device.set_threads(recipe.train.threads)
@@ -66,6 +66,7 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
         if name != "denoiser":      # it follows when the encoders have made room
             part.to(accelerator.device)
     weights = {name: families.fingerprint({name: part}) for name, part in family.parts.items()}
+    device.spare_memory()       # the denoiser was read, and is not needed before the encoders are done
     size = recipe.train.batch_size * recipe.train.gradient_accumulation * accelerator.num_processes
     learned = learned_words(recipe, index)
     learn = partial(stream, recipe, stride, size, stands=learned.stands, shows=shows)
@@ -102,11 +103,11 @@ def shown(recipe: Recipe, family) -> str | None:
                             "add data.inpaint: {masks: random}")
     if recipe.data.condition and shows:
         raise FinetuneError("method.kind: control is for bases that are shown nothing beside noisy latents, and this one is")
-    shows = "condition" if recipe.data.condition else shows
     if shows and recipe.every.preview:
-        how = {"hole": "--image makes with --mask", "small": "--image makes with --upscale", "condition": "--condition makes"}
+        how = {"hole": "--image makes with --mask", "small": "--image makes with --upscale"}
         raise FinetuneError("every.preview: this base paints nothing from a prompt alone; set it to 0 and look at what "
                             f"finetune sample {how[shows]}")
+    shows = "condition" if recipe.data.condition else shows
     if shows in ("small", "condition") and recipe.data.caption.long == "chunk":    # what they see instead is not masked
         raise FinetuneError("data.caption.long: an upscaler's layers, and a control branch's, cannot leave out what fills "
                             "shorter captions up; truncate instead of chunk, or shorten the captions")
@@ -153,14 +154,13 @@ def found(recipe: Recipe, role: Role, say: Say, quiet: bool) -> Index | None:
     return build(sources, reading(recipe), masks, say, quiet, field, holes, data.condition) if sources else None
 
 
-def usable(index: Index, recipe: Recipe, say: Say, captions: Captions | None = None) -> Index:
+def usable(index: Index, recipe: Recipe, say: Say, captions: Captions) -> Index:
     """The index, if training can do with what is noted of it. What the recipe allows to be left out is said; raises
     FinetuneError for the rest, and for pictures without a caption."""
     for note in index.notes:
         if note.fatal and not fatal(note, recipe):
             say(f"skipped   {note.name}: {note.text}")
-    encode.refuse([note for note in index.notes if fatal(note, recipe)]
-                  + (encode.check_captions(index, captions) if captions else []))
+    encode.refuse([note for note in index.notes if fatal(note, recipe)] + encode.check_captions(index, captions))
     return index
 
 
@@ -250,7 +250,8 @@ def encoded(ground: Ground, trains: tuple[str, ...], steps: int, accelerator: Ac
         states = encode.texts([(s.index, s.captions) for s in some], family.encode_text, family.cut_text, quiet, store,
                               text) if listed else None
         for s in some:
-            latents = None if s.view.random_crop else encode.pictures(s.index, s.sizes, s.view, family.moments, quiet, store, vae)
+            latents = None if s.view.random_crop else encode.pictures(s.index, s.sizes, s.view, family.moments, quiet, store,
+                                                                      vae)
             yield Encoded(latents, states, family.latents)
 
     if accelerator.num_processes > 1:       # each encodes its share, and reads what the others have encoded
@@ -295,13 +296,15 @@ def describe(recipe: Recipe, ground: Ground) -> list[str]:
         shapes, counts = np.unique(learn.sizes, axis=0, return_counts=True)
         lines.append("buckets   " + ", ".join(f"{w}×{h}: {n}" for (h, w), n in zip(shapes.tolist(), counts.tolist())))
     if len(ground.streams) > 1:
-        lines.append(f"prior     {len(ground.streams[1].index)} class pictures, as many in a step, weight {ground.streams[1].weight:g}")
+        prior = ground.streams[1]
+        lines.append(f"prior     {len(prior.index)} class pictures, as many in a step, weight {prior.weight:g}")
     if learn.view.shows in ("random", "files"):
         lines.append(f"inpaint   {'drawn masks' if learn.view.shows == 'random' else 'masks of files'}, all of the picture in "
                      f"{learn.view.whole:.0%} of the draws; what they leave is encoded in every step")
     if ground.validation:
         lines.append(f"held out  {len(ground.validation.index)} pictures")
     smaller = int((-(-learn.order.counts // size) * size > learn.order.counts).sum())
-    lines.append(f"plan      {steps} steps of {size}; an epoch is {epoch}" + (f", {smaller} of them smaller" if smaller else "")
-                 + f"; each picture is seen {steps / epoch:.1f} times" + (" its repeats" if (learn.index.repeats > 1).any() else ""))
+    lines.append(f"plan      {steps} steps of {size}; an epoch is {epoch}"
+                 + (f", {smaller} of them smaller" if smaller else "") + f"; each picture is seen {steps / epoch:.1f} times"
+                 + (" its repeats" if (learn.index.repeats > 1).any() else ""))
     return lines

@@ -12,7 +12,8 @@ SAMPLERS = {    # of the web UI, where diffusers has the same
 
 
 def png_info(facts: dict, loras: dict[str, float]) -> PngInfo:
-    """`facts` are those of a job, with `base`, `parts`, `clip_skip`, `scheduler` and `version`; `loras` the names and strengths of those that are on."""
+    """`facts` are those of a job, with `base`, `parts`, `clip_skip`, `scheduler` and `version`; `loras` has name and strength
+    of those that are on."""
     info = PngInfo()
     info.add_itxt("parameters", infotext(facts, loras))
     info.add_itxt("finetune", json.dumps(facts, ensure_ascii=False))
@@ -32,7 +33,8 @@ def infotext(facts: dict, loras: dict[str, float]) -> str:
     if "strength" in facts:
         line["Denoising strength"] = facts["strength"]
     negative = [f"Negative prompt: {facts['negative']}"] if facts["negative"] else []
-    return "\n".join([" ".join([facts["prompt"], *(f"<lora:{name}:{strength:g}>" for name, strength in loras.items())]), *negative,
+    prompt = " ".join([facts["prompt"], *(f"<lora:{name}:{strength:g}>" for name, strength in loras.items())])
+    return "\n".join([prompt, *negative,
                       ", ".join(f"{name}: {_quoted(str(value))}" for name, value in line.items())])
 
 

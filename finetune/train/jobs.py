@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
 from finetune.data.pictures import SUFFIXES
 from finetune.errors import FinetuneError, nearest, refuse
 from finetune.recipe.document import NotYaml, parse
 from finetune.recipe.explain import WANTED
-from finetune.recipe.words import STRICT, Positive, Seed
+from finetune.recipe.words import Fields, Positive, Seed
 
 Row = tuple[str, str, dict]     # where it stands, what comes before a key there, the object
 
@@ -44,10 +44,8 @@ Size = Annotated[tuple[Positive, Positive], BeforeValidator(_size), PlainSeriali
 File = Annotated[Path, Field(strict=False), PlainSerializer(lambda path: path.name)]        # no private path is written down
 
 
-class Job(BaseModel):
+class Job(Fields):
     """A picture to sample; as a row of a file, `count` of them for each image of a folder."""
-
-    model_config = STRICT
 
     prompt: Words
     negative: Words = ""

@@ -67,8 +67,8 @@ def _values(index: Index, column: str) -> list[str]:
         known = ", ".join(sorted({name for row in rows for name in row})) or "none"
         raise FinetuneError(f"method.tokens: no picture has a column {column!r}; columns: {known}")
     if len(values) > MOST:
-        raise FinetuneError(f"method.tokens: the column {column!r} has {len(values):,} values; a token can be learned for each "
-                            f"of up to {MOST:,}")
+        raise FinetuneError(f"method.tokens: the column {column!r} has {len(values):,} values; a token can be learned for "
+                            f"each of up to {MOST:,}")
     return values
 
 

@@ -24,6 +24,7 @@ from finetune.recipe import Recipe
 from finetune.train import ground
 from finetune.train.learned import check_said
 from finetune.train.learned import words as learned_words
+from finetune.train.sampling import followed, previews
 
 OFTEN = 500         # a picture that is seen so often is known by heart
 CUT_AWAY = 1 / 3    # of a picture: what a square takes from one of 3 : 2
@@ -100,6 +101,8 @@ def lint(recipe: Recipe, say: Say) -> Report:
                 report.tried("token", check_said, learned, streams["learn"], recipe.train.max_steps, family)
             for stream in streams.values():
                 report.notes += check_length(stream, recipe, family)
+            for job in previews(recipe) if recipe.preview.conditions else []:
+                report.tried("source", followed, job)
             prompts = [("data.prior.prompt", recipe.data.prior.prompt)] if recipe.data.prior else []
             for key, prompt in prompts + [("preview.prompts", prompt) for prompt in recipe.preview.prompts]:
                 report.tried("long", ground.check_prompt, key, prompt, family)

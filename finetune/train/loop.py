@@ -14,6 +14,7 @@ from finetune.train import checkpoint, preview, trackers
 from finetune.train.alarm import AFTER, alarms, traces
 from finetune.train.best import criterion, history, note, over
 from finetune.train.compile import stepping
+from finetune.train.lean import lean, wanted
 from finetune.train.release import released
 from finetune.train.setup import Run, seed_step, to_device
 from finetune.train.stop import Stop, Stopped
@@ -86,7 +87,8 @@ def one_step(run: Run, step: int, batches: list[Batch]) -> tuple[torch.Tensor, t
     with released(parameters, partial(apply, run)) if recipe.gradient_release else nullcontext() as norms:
         for batch in batches:
             seed_step(recipe.seed, batch.positions[0])
-            with nullcontext() if batch is batches[-1] else accelerator.no_sync(run.model):
+            light = lean() if wanted(recipe, accelerator.device) else nullcontext()
+            with light, nullcontext() if batch is batches[-1] else accelerator.no_sync(run.model):
                 with stepping() if recipe.compile else nullcontext():
                     loss = run.model(to_device(batch, accelerator.device))
                 # × 1, or × NaN when this loss is not finite: then no process's gradient is, for they are averaged.

@@ -12,8 +12,6 @@ from finetune.errors import FinetuneError
 from finetune.formats.base import load
 from finetune.lowrank import factors, norm
 
-MEASURED = ("lora", "loha", "lokr", "difference")       # kinds whose change needs no base
-
 
 def measure(path: Path, facts: dict) -> dict:
     """{"norms": {block: …}, "layers": {layer: …}}, Frobenius norms of the change at strength 1, and with "problems" found."""

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from finetune import registry
+from finetune import device, registry
 from finetune.batch import Batch, Conditioning
 from finetune.data.buckets import sizes
 from finetune.families import base as families
@@ -29,7 +29,9 @@ from finetune.families import sd3
 from finetune.families._quantized import quantize
 from finetune.recipe import Recipe
 from finetune.train import ground
+from finetune.train.lean import lean, wanted
 from finetune.train.release import released
+from finetune.train.sampling import previews
 from finetune.train.together import Together
 
 STATE = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "lion": 4, "lion8bit": 1 + 4 / 256, "adafactor": 0, "prodigy": 16,
@@ -39,6 +41,7 @@ TOKENS = 77
 
 # What each lever sets, and what it costs.
 LEVERS = {
+    "train.lean=true": "the same numbers; some Python in every step",
     "train.gradient_checkpointing=true": "the same numbers, about a third slower",
     "train.batch_size=1": "with as much more gradient_accumulation: other rounding, slower on a GPU",
     "base.dtype=bfloat16": "frozen weights and their computation in 8 bits of precision",
@@ -159,14 +162,15 @@ def needs(recipe: Recipe) -> Need:
                 family.parts[part].enable_gradient_checkpointing()
         for part in method.trains:
             family.parts[part].train()
-        with counter() as flops:
+        light = lean() if wanted(recipe.train, device.best()) else nullcontext()    # as on this machine
+        with counter() as flops, light:
             step = live.over(lambda: one_step(recipe, family, method, B, h, w))
         held = sum(weights[part] for part in kept(recipe, method, weights)) + adapters + state
         phases["training"] = held + copy + step
         stepping = [p.nbytes + 8 * p.numel() * (p.dtype == torch.bfloat16) for p in parameters]     # bfloat16 steps in float32
         phases["optimizer step"] = held + copy + (max if recipe.train.gradient_release else sum)(stepping)
         if recipe.every.preview and denoises:
-            n = min(AT_ONCE, len(recipe.preview.prompts) * len(recipe.preview.seeds))
+            n = min(AT_ONCE, len(previews(recipe)))
             guided = 2 if recipe.preview.guidance > 1 else 1
             with torch.no_grad():
                 sampled = live.over(lambda: denoise(family, n * guided, h, w))
@@ -176,9 +180,11 @@ def needs(recipe: Recipe) -> Need:
 
 
 def counter() -> FlopCounterMode:
-    """torch's counter, with the attention of the CPU, which it does not know."""
+    """torch's counter, with what it does not know of the CPU: attention, and oneDNN's products."""
     aten = torch.ops.aten
-    return FlopCounterMode(display=False, custom_mapping={
+    onednn = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * x.numel() * w[0]} \
+        if torch.backends.mkldnn.is_available() else {}
+    return FlopCounterMode(display=False, custom_mapping=onednn | {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)})
 

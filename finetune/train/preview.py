@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from finetune.recipe import Recipe
-from finetune.train.sampling import generate, previews
+from finetune.train.sampling import followed, generate, previews
 
 MARGIN, LABEL = 6, 15       # pixels
 
@@ -45,15 +45,17 @@ def label(strength: float, done: int) -> str:
 
 def save(path: Path, recipe: Recipe, found: dict[float, Sequence[Image.Image]], done: int) -> Image.Image:
     """The columns as a sheet, in a file that is there as a whole or not at all."""
-    sheet = grid([list(row) for row in zip(*found.values())], [f"{job.prompt} · {job.seed}" for job in previews(recipe)],
-                 [label(strength, done) for strength in found])
+    jobs = previews(recipe)
+    shown = {"condition": map(followed, jobs)} if recipe.preview.conditions else {}
+    shown |= {label(strength, done): pictures for strength, pictures in found.items()}
+    sheet = grid(list(zip(*shown.values())), [f"{job.prompt} · {job.seed}" for job in jobs], list(shown))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     sheet.save(part, "PNG")
     os.replace(part, path)
     return sheet
 
 
-def grid(rows: list[list[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
+def grid(rows: Sequence[Sequence[Image.Image]], row_labels: list[str], column_labels: list[str]) -> Image.Image:
     """The pictures as a table; small ones are enlarged to at least 128 pixels so that they can be judged."""
     factor = max(1, -(-128 // rows[0][0].width))
     width, height = rows[0][0].width * factor, rows[0][0].height * factor

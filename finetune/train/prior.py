@@ -3,13 +3,12 @@
 They are kept in the toolkit's cache under what they depend on: prompt, base, seed, size, sampler. Each comes from a
 seed of its own, so making them can be stopped and continued, and more of them later begin with the same ones."""
 
-import os
 from pathlib import Path
 
 from finetune.data import cache
 from finetune.data.memory import used
 from finetune.diffusion.noise import derive
-from finetune.errors import FinetuneError
+from finetune.disk import replacing, writing
 from finetune.train.jobs import Job
 from finetune.train.sampling import generate
 
@@ -30,16 +29,12 @@ def make(where: Path, count: int, prompt: str, steps: int, guidance: float, reso
     """The first `count` pictures in `where`; those that are missing are made, under their names only when complete."""
     files = [where / f"{number:06d}.png" for number in range(count)]
     missing = [number for number, file in enumerate(files) if not file.exists()]
-    try:
+    with writing(f"data.prior: {where}", "\n    FINETUNE_CACHE=DIR puts it elsewhere"):
         where.mkdir(parents=True, exist_ok=True)
         jobs = [Job(prompt=prompt, seed=derive(seed, number, "class picture") % 2**63, steps=steps, guidance=guidance,
                     size=(resolution, resolution)) for number in missing]
         for number, picture in zip(missing, generate(family.pipeline(), jobs, AT_ONCE, None if quiet else "class pictures")):
-            staging = files[number].with_suffix(f".{os.getpid()}.part")
-            picture.save(staging, "PNG")
-            os.replace(staging, files[number])
+            with replacing(files[number]) as staged:
+                picture.save(staged, "PNG")
         used(where)
-    except OSError as e:
-        raise FinetuneError(f"data.prior: {where} cannot be written: {e.strerror or e}\n"
-                            "    FINETUNE_CACHE=DIR puts it elsewhere") from None
     return files

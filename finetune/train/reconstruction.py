@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from finetune.data.loader import Stream, view_pixels
+from finetune.disk import write_text
 from finetune.objectives import _similarity as similarity
-from finetune.runfolder import write_text
 from finetune.train.preview import resting
 from finetune.train.setup import Run
 

@@ -16,25 +16,26 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from finetune.artifact import read_header
+from finetune.artifact import MEASURED, read_header
 from finetune.data import pictures
+from finetune.disk import write_text, writing
 from finetune.errors import FinetuneError
 from finetune.formats.base import identify
 from finetune.recipe import Recipe, dump, load
 from finetune.recipe.resolved import leaves
-from finetune.runfolder import RunFolder, write_text
+from finetune.runfolder import RunFolder
 from finetune.train import ground
 from finetune.train.curves import chart
 from finetune.train.lint import lint
-from finetune.train.norms import MEASURED, measure
+from finetune.train.norms import measure
 
 NAME = "report.html"
 SHOWN, THUMBNAIL = 24, 144      # pictures of the data, and their longer side in pixels
 WIDEST = 1600                   # of a preview, in pixels
 NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT",
          "full": "Full fine-tuning", "control": "ControlNet", "vae_decoder": "VAE decoder", "embedding": "Learned tokens"}
-CURVES = {"loss": "loss", "validation_loss": "loss on held-out pictures", "lr": "learning rate", "grad_norm": "norm of the gradient",
-          "images_per_second": "pictures a second", "memory_mb": "memory in MB"}
+CURVES = {"loss": "loss", "validation_loss": "loss on held-out pictures", "lr": "learning rate",
+          "grad_norm": "norm of the gradient", "images_per_second": "pictures a second", "memory_mb": "memory in MB"}
 USES = {    # kind of adapter → tool → what to do with the file, as the tools' own manuals have it
     "lora": {"ComfyUI": "put it into models/loras, add the node Load LoRA, strength 1",
              "A1111, Forge, SD.Next": "put it into models/Lora and write <lora:{stem}:1> into the prompt",
@@ -47,7 +48,8 @@ USES = {    # kind of adapter → tool → what to do with the file, as the tool
                   "diffusers": 'pipe.load_textual_inversion("{file}", token="{stem}")'},
     "vae_decoder": {"ComfyUI": "put it into models/vae, add the node Load VAE",
                     "A1111, Forge, SD.Next": "put it into models/VAE and choose it in the settings"},
-    "control": {"ComfyUI": "put {file}/diffusion_pytorch_model.safetensors into models/controlnet, add the node Load ControlNet Model",
+    "control": {"ComfyUI": "put {file}/diffusion_pytorch_model.safetensors into models/controlnet, add the node Load "
+                           "ControlNet Model",
                 "diffusers": 'ControlNetModel.from_pretrained("{file}")', "finetune": "--adapter {file} --condition PICTURE"},
     "full": {"diffusers": 'DiffusionPipeline.from_pretrained("{file}")', "finetune": "--base {file}"},
 }
@@ -68,11 +70,38 @@ class Told:
 
     @property
     def sentence(self) -> str:
-        return sentence(self.recipe)
+        """What was trained, on what, for how long."""
+        def said(method) -> str:
+            rank = f" of rank {method.rank}" if getattr(method, "rank", None) else ""
+            return NAMES[getattr(method, "variant", method.kind)] + rank
+
+        recipe, train = self.recipe, self.recipe.train
+        sources = ", ".join(Path(source.path).name for source in recipe.data.images)
+        return (f"{' and '.join(map(said, recipe.method))} on {Path(recipe.base.path).name} ({recipe.base.family}), learned "
+                f"from {sources} at {recipe.data.resolution} px for {train.max_steps:,} steps of "
+                f"{train.batch_size * train.gradient_accumulation}")
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted((self.folder / "adapter").glob("*.safetensors"))
 
     @property
     def cards(self) -> dict[str, str]:
-        return cards(self.recipe, [line for line in self.lines if line.get("loss") is not None], self.proof, self.folder)
+        """The numbers one looks for first."""
+        steps, last = [line for line in self.lines if "loss" in line], f"of {self.recipe.train.max_steps:,}"
+        if not steps:
+            return {"steps": f"0 {last}"}
+        losses = [line["loss"] for line in steps if line["loss"] is not None]       # None: every step of that line was skipped
+        found = {"steps": f"{steps[-1]['step']:,} {last}",
+                 "loss": f"{losses[0]:.4g} → {losses[-1]:.4g}" if losses else "not finite",
+                 "speed": f"{statistics.median(line['images_per_second'] for line in steps):.3g} pictures/s",
+                 "memory": f"{max(line['memory_mb'] for line in steps):,} MB"}
+        if self.files:
+            found["adapter"] = f"{self.files[0].stat().st_size / 1000:,.0f} KB"
+        if self.proof:
+            passed = all(check["passed"] for checks in self.proof.values() for check in checks)
+            found["proof"] = "every check passed" if passed else "a check FAILED"
+        return found
 
     @cached_property
     def previews(self) -> list[tuple[int, str]]:
@@ -84,16 +113,27 @@ class Told:
 
     @cached_property
     def data(self) -> dict:
-        return data(self.recipe)
+        """Thumbnails with captions, and what lint finds; or why there are none."""
+        try:
+            found, how, words = lint(self.recipe, lambda line: None), ground.reading(self.recipe), ground.words(self.recipe)
+            index = ground.found(self.recipe, "learn", lambda line: None, True)
+            chosen = np.unique(np.linspace(0, len(index) - 1, min(SHOWN, len(index))).round().astype(int)).tolist()
+            shown = [(picture(pictures.read(index.read(i), index.name(i), how), THUMBNAIL), caption(words, index.columns(i)))
+                     for i in chosen]
+        except (FinetuneError, OSError) as e:
+            return {"trouble": str(e), "counts": {}, "shown": [], "notes": []}
+        return {"trouble": "", "counts": found.pictures, "shown": shown, "notes": found.notes}
 
     @property
     def norms(self) -> list[tuple[str, list]]:
-        measured = ((path.name, norms(path)) for path in sorted((self.folder / "adapter").glob("*.safetensors"))[:1])
-        return [(name, bars) for name, bars in measured if bars]
+        return [(path.name, bars) for path in self.files[:1] if (bars := norms(path))]
 
     @property
     def uses(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        return uses(self.recipe, self.proof)
+        """Of each method what to do with its file: (file, [(tool, words)])."""
+        files = [name for name in self.proof if not name.endswith(".diffusers.safetensors")]
+        return [(file, [(tool, words.format(stem=file.removesuffix(".safetensors"), file=file))
+                        for tool, words in USES[method.kind].items()]) for method, file in zip(self.recipe.method, files)]
 
     @property
     def given(self) -> str:
@@ -117,10 +157,8 @@ def told(folder: Path) -> Told:
 def write(folders: Sequence[Path], out: Path) -> Path:
     """Write the page. Raises FinetuneError for a run that cannot be told about, or a page that cannot be written."""
     text = page(folders)
-    try:
+    with writing(f"{out}: the report"):
         write_text(out, text)
-    except OSError as e:
-        raise FinetuneError(f"{out}: the report cannot be written: {e.strerror}") from None
     return out
 
 
@@ -129,7 +167,8 @@ def page(folders: Sequence[Path], *blocks: str) -> str:
     runs = [told(folder) for folder in folders]
     curves = {said: chart({run.title: [(line["step"], line[key]) for line in run.lines if line.get(key) is not None]
                            for run in runs}) for key, said in CURVES.items()}
-    shown = {"runs": runs, "curves": {said: drawn for said, drawn in curves.items() if drawn}, "differences": differences(runs)}
+    shown = {"runs": runs, "curves": {said: drawn for said, drawn in curves.items() if drawn},
+             "differences": differences(runs)}
     template = jinja2.Environment(loader=jinja2.PackageLoader("finetune", "assets"), autoescape=True, trim_blocks=True,
                                   lstrip_blocks=True, undefined=jinja2.StrictUndefined).get_template("report.html")
     return "".join(part for block in blocks for part in template.blocks[block](template.new_context(shown))) if blocks \
@@ -140,47 +179,6 @@ def previews(folder: Path) -> dict[int, Path]:
     """Step → the sheet of pictures that was sampled then."""
     found = {path.stem.removeprefix("step-"): path for path in sorted((folder / "previews").glob("step-*.png"))}
     return {int(step): path for step, path in found.items() if step.isdecimal()}
-
-
-def sentence(recipe: Recipe) -> str:
-    """What was trained, on what, for how long."""
-    def said(method) -> str:
-        return NAMES[getattr(method, "variant", method.kind)] + (f" of rank {method.rank}" if getattr(method, "rank", None) else "")
-
-    train, sources = recipe.train, ", ".join(Path(source.path).name for source in recipe.data.images)
-    size = train.batch_size * train.gradient_accumulation
-    return (f"{' and '.join(map(said, recipe.method))} on {Path(recipe.base.path).name} ({recipe.base.family}), learned from "
-            f"{sources} at {recipe.data.resolution} px for {train.max_steps:,} steps of {size}")
-
-
-def cards(recipe: Recipe, steps: list[dict], proof: dict, folder: Path) -> dict[str, str]:
-    """The numbers one looks for first."""
-    if not steps:
-        return {"steps": f"0 of {recipe.train.max_steps:,}"}
-    files = sorted((folder / "adapter").glob("*.safetensors"))
-    found = {"steps": f"{steps[-1]['step']:,} of {recipe.train.max_steps:,}",
-             "loss": f"{steps[0]['loss']:.4g} → {steps[-1]['loss']:.4g}",
-             "speed": f"{statistics.median(line['images_per_second'] for line in steps):.3g} pictures/s",
-             "memory": f"{max(line['memory_mb'] for line in steps):,} MB"}
-    if files:
-        found["adapter"] = f"{files[0].stat().st_size / 1000:,.0f} KB"
-    if proof:
-        passed = all(check["passed"] for checks in proof.values() for check in checks)
-        found["proof"] = "every check passed" if passed else "a check FAILED"
-    return found
-
-
-def data(recipe: Recipe) -> dict:
-    """Thumbnails with captions, and what lint finds; or why there are none."""
-    try:
-        found = lint(recipe, lambda line: None)
-        index, how, words = ground.found(recipe, "learn", lambda line: None, True), ground.reading(recipe), ground.words(recipe)
-        chosen = np.unique(np.linspace(0, len(index) - 1, min(SHOWN, len(index))).round().astype(int)) if len(index) else []
-        shown = [(picture(pictures.read(index.read(i), index.name(i), how), THUMBNAIL), caption(words, index.columns(i)))
-                 for i in map(int, chosen)]
-    except (FinetuneError, OSError) as e:
-        return {"trouble": str(e), "counts": {}, "shown": [], "notes": []}
-    return {"trouble": "", "counts": found.pictures, "shown": shown, "notes": found.notes}
 
 
 def norms(path: Path) -> list[tuple[str, float, float]]:
@@ -196,15 +194,6 @@ def norms(path: Path) -> list[tuple[str, float, float]]:
 def caption(words, columns: dict[str, str]) -> str:
     """One that training could have drawn."""
     return words.caption(columns, 0, 0) if not words.missing(columns) else ""
-
-
-def uses(recipe: Recipe, proof: dict) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Of each method what to do with its file: (kind, [(tool, words)])."""
-    files, found = [name for name in proof if not name.endswith(".diffusers.safetensors")], []
-    for method, file in zip(recipe.method, files):
-        stem = file.removesuffix(".safetensors")
-        found.append((file, [(tool, words.format(stem=stem, file=file)) for tool, words in USES[method.kind].items()]))
-    return found
 
 
 def differences(runs: list[Told]) -> list[tuple[str, list[str]]]:

@@ -6,7 +6,6 @@ image-to-image, with a mask inpainting; an image that is to be upscaled goes to 
 
 import inspect
 import math
-import os
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -16,14 +15,18 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
+from finetune import __version__
 from finetune.data import pictures
+from finetune.data.beside import WHITE
 from finetune.data.pixels import cut, plan_crop
+from finetune.disk import replacing, writing
 from finetune.errors import FinetuneError, nearest
 from finetune.recipe import Recipe
+from finetune.train import adapters
+from finetune.train.infotext import png_info
 from finetune.train.jobs import Job
 
 ALSO = ("LCMScheduler", "SASolverScheduler", "TCDScheduler")    # fit where others do, though diffusers does not list them
-WHITE = 128     # from here on diffusers takes a mask for white
 
 
 def settle(family, jobs: list[Job]) -> list[Job]:
@@ -74,22 +77,24 @@ def shrunk(height: int, width: int, side: int, step: int) -> tuple[int, int]:
 
 
 def previews(recipe: Recipe) -> list[Job]:
-    """A job for each prompt and seed of a run's previews."""
+    """A job for each prompt, condition and seed of a run's previews."""
     p = recipe.preview
-    return [Job(prompt=prompt, seed=seed, steps=p.steps, guidance=p.guidance, size=(recipe.data.resolution,) * 2)
-            for prompt in p.prompts for seed in p.seeds]
+    return [Job(prompt=prompt, condition=condition, seed=seed, steps=p.steps, guidance=p.guidance,
+                size=(recipe.data.resolution,) * 2)
+            for prompt in p.prompts for condition in p.conditions or (None,) for seed in p.seeds]
 
 
 def generate(pipeline, jobs: list[Job], batch: int = 8, say: str | None = None) -> Iterator[Image.Image]:
     """One picture per job, in turn. Each picture's noise comes from its own seed, whatever else is in the batch. What a
-    batch does change is rounding inside matrix products: the tiny base's PNGs differ by at most 1 of 255 in float32 and are the
-    same in float64.
+    batch does change is rounding inside matrix products: the tiny base's PNGs differ by at most 1 of 255 in float32 and are
+    the same in float64.
 
     `pipeline` is the family's, for text; `say` names a progress bar."""
     for job in jobs:
         check_condition(job, hasattr(pipeline, "controlnet"))
     with tqdm(total=len(jobs), desc=say, unit="img", disable=say is None, leave=False) as bar:
-        for _, group in groupby(jobs, lambda job: (job.steps, job.guidance, job.size, job.change, _verb(job), bool(job.negative))):
+        for _, group in groupby(jobs, lambda job: (job.steps, job.guidance, job.size, job.change, _verb(job),
+                                                   bool(job.negative))):
             alike = list(group)
             verb = over(pipeline, alike[0])
             verb.set_progress_bar_config(disable=say is None, leave=False)
@@ -98,7 +103,8 @@ def generate(pipeline, jobs: list[Job], batch: int = 8, say: str | None = None) 
                 # Without one None, which SDXL takes for zeros, and not "": see the family's `zeros`
                 negative = [job.negative for job in some] if some[0].negative else None
                 yield from verb(**worded(verb, "prompt", [job.prompt for job in some]),
-                                **worded(verb, "negative_prompt", negative), generator=[torch.Generator().manual_seed(job.seed) for job in some],
+                                **worded(verb, "negative_prompt", negative),
+                                generator=[torch.Generator().manual_seed(job.seed) for job in some],
                                 num_inference_steps=some[0].steps, guidance_scale=some[0].guidance,
                                 **_pictures(verb, some)).images
                 bar.update(len(some))
@@ -134,13 +140,19 @@ def _pictures(pipeline, jobs: list[Job]) -> dict:
     if first.size and "height" in known:        # otherwise the size is the image's
         options = {"height": first.size[0], "width": first.size[1]}
     if first.condition:
-        options["image"] = [cut(image := _read(pictures.read, job.condition), plan_crop(*image.size, job.size)) for job in jobs]
+        options["image"] = [followed(job) for job in jobs]
     if first.image:
         cuts = [_cut(job) for job in jobs]
         options |= {"image": [image for image, _ in cuts]} | ({} if first.upscale else {"strength": first.change})
         if first.mask:
             options["mask_image"] = [mask for _, mask in cuts]
     return options
+
+
+def followed(job: Job) -> Image.Image:
+    """A condition as its branch sees it. Raises FinetuneError for one that cannot be read."""
+    image = _read(pictures.read, job.condition)
+    return cut(image, plan_crop(*image.size, job.size))
 
 
 def _cut(job: Job) -> tuple[Image.Image, Image.Image | None]:
@@ -150,7 +162,7 @@ def _cut(job: Job) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _shape(shown: Path, over: Path | None) -> tuple[int, int]:
-    """Height and width of an image or a condition. Raises FinetuneError for one that cannot be read, or has no mask of its own."""
+    """Height and width of an image or a condition. FinetuneError for one that cannot be read, or has no mask of its own."""
     image = _read(pictures.read, shown)
     if over:
         mask = _read(pictures.mask, over)
@@ -170,15 +182,27 @@ def _read(how, path: Path) -> Image.Image:
         raise FinetuneError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
 
 
+def paint(family, loaded: list[adapters.Adapter], jobs: list[Job], files: list[Path], batch: int, say: str,
+          factor: float = 1.0, scheduler=None) -> Iterator[Image.Image]:
+    """The pictures of the jobs, each once it is in its file, with the adapters on at `factor` times their strength and, where
+    one is given, another scheduler than the base's own."""
+    with adapters.on(family, loaded, factor):
+        pipeline, changes = family.pipeline(), family.source.changes
+        pipeline.scheduler = scheduler or pipeline.scheduler
+        facts = {"base": family.source.name, "scheduler": type(pipeline.scheduler).__name__, "version": __version__,
+                 "clip_skip": changes.clip_skip, "parts": {part: Path(path).name for part, path in changes.parts.items()},
+                 "adapters": {each.path.name: each.strength * factor for each in loaded}}
+        loras = {each.path.stem: each.strength * factor for each in loaded if each.artifact.kind == "lora" and factor}
+        for job, file, picture in zip(jobs, files, generate(pipeline, jobs, batch, say)):
+            size = {"size": f"{picture.width}x{picture.height}"}        # of a job that is upscaled it is the small picture's
+            write(picture, file, png_info(job.facts() | facts | size, loras))
+            yield picture
+
+
 def write(picture: Image.Image, path: Path, info: PngInfo | None = None) -> None:
     """A picture's file that is there as a whole or not at all. Raises FinetuneError."""
-    staging = path.with_name(f".{os.getpid()}.{path.name}")     # its suffix says what it is
-    try:
-        picture.save(staging, pnginfo=info)
-        os.replace(staging, path)
-    except OSError as e:
-        staging.unlink(missing_ok=True)
-        raise FinetuneError(f"{path}: cannot be written: {e.strerror or e}") from None
+    with writing(f"{path}:"), replacing(path) as staged:
+        picture.save(staged, Image.registered_extensions()[path.suffix.lower()], pnginfo=info)
 
 
 def scheduler(name: str, own):

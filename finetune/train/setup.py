@@ -32,6 +32,7 @@ from finetune.train import ground, trackers
 from finetune.train.compile import compile_blocks
 from finetune.train.judge import Judge
 from finetune.train.learned import check_said
+from finetune.train.sampling import followed, previews
 from finetune.train.step import TrainStep
 from finetune.train.together import Together
 
@@ -63,7 +64,7 @@ class Run:
 
 
 def accelerate(recipe: Recipe, folder: RunFolder | None = None) -> Accelerator:
-    """The recipe wins over `accelerate config` and its environment variables. Without a run's folder there is nothing to track."""
+    """The recipe wins over `accelerate config` and its environment variables. Without a run's folder nothing is tracked."""
     tracked = list(recipe.train.trackers) if folder else []
     trackers.check(tracked)
     try:
@@ -91,8 +92,10 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     if begun:
         check_identity(begun, identity, folder, say)
     method = install(recipe, base)
-    for prompt in recipe.preview.prompts:
-        ground.check_prompt("preview.prompts", prompt, family)
+    for job in previews(recipe):
+        ground.check_prompt("preview.prompts", job.prompt, family)
+        if job.condition:
+            followed(job)
     if folder.name in base.learned.tokens and len(recipe.method) > 1:
         raise FinetuneError(f"method.tokens: {folder.name} is the run's name, "
                             "and so that of the other method's file; rename one of them")
@@ -105,6 +108,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     if method.objective == "denoise":       # to decode, pictures are wanted themselves
         base = ground.encoded(base, method.trains, train.max_steps, accelerator, Cache(cache.home(), say))
     ground.let_go(recipe, base, method.trains)
+    device.spare_memory()
     for part in family.parts.values():
         part.to(accelerator.device)
     loader = Loader(base.streams, train.batch_size, train.gradient_accumulation, accelerator.process_index,
@@ -133,8 +137,8 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     if any(getattr(words, "encoder", False) for words in recipe.method):
         say("note: the encoder is trained too, so latents change: a denoiser that was trained on the old ones will not fit")
     judge = Judge(recipe, base.streams[0].index) if recipe.preview.metrics and accelerator.is_main_process else None
-    return Run(recipe, folder, accelerator, family, method, objective, loader, base.validation, parameters, model, optimizer, ema,
-               identity, say, judge)
+    return Run(recipe, folder, accelerator, family, method, objective, loader, base.validation, parameters, model, optimizer,
+               ema, identity, say, judge)
 
 
 def install(recipe: Recipe, base: ground.Ground) -> Together:

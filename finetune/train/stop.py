@@ -16,6 +16,13 @@ class Stopped(Exception):
         self.number = number
 
 
+def most(accelerator, number: int) -> int:
+    """The greatest of what all processes say."""
+    if accelerator.num_processes == 1:
+        return number
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+
+
 class Stop:
     """Inside, signals are noted; a second one ends the process at once, which loses what a kill would. A `deadline`, in
     seconds of time.monotonic(), counts as SIGTERM."""
@@ -42,9 +49,7 @@ class Stop:
 
     def received(self, accelerator) -> int:
         """The signal that any process got, or 0: all processes stop after the same step."""
-        if accelerator.num_processes == 1:
-            return self.number
-        return int(accelerator.gather(torch.tensor([self.number], device=accelerator.device)).max())
+        return most(accelerator, self.number)
 
     @contextmanager
     def raised_by(self, module: nn.Module) -> Iterator[None]:

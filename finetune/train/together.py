@@ -18,7 +18,12 @@ class Together:
     def __post_init__(self):
         kinds = {method.objective for method in self.methods}
         if len(kinds) > 1:
-            raise FinetuneError(f"method: {' and '.join(sorted(kinds))} are different objectives; train them in runs of their own")
+            raise FinetuneError(f"method: {' and '.join(sorted(kinds))} are different objectives; train them in runs of their "
+                                "own")
+        # Learned tokens have files, and places beside a text encoder, of their own; any other two would want the same.
+        if len(others := [method.kind for method in self.methods if method.kind != "embedding"]) > 1:
+            raise FinetuneError(f"method: {' and '.join(others)} would both be the run's file; train them in runs of their "
+                                "own")
 
     @property
     def objective(self) -> str:
@@ -29,14 +34,8 @@ class Together:
         return tuple(dict.fromkeys(part for method in self.methods for part in method.trains))
 
     def install(self, family) -> None:
-        """Raises FinetuneError for a part that two methods would train; learned tokens are beside a text encoder, not in it."""
-        taken: dict[str, str] = {}
         for method in sorted(self.methods, key=lambda method: method.kind == "embedding"):      # peft freezes what it meets
             method.install(family)
-            for part in method.trains if method.kind != "embedding" else ():
-                if part in taken:
-                    raise FinetuneError(f"method: {taken[part]} and {method.kind} would both train the {part}; leave one of them out")
-                taken[part] = method.kind
 
     def groups(self, learning_rate: float, steps: int) -> list[dict]:
         """Optimizer groups: `params`, `peak_lr`, and `until`, the step after which they rest."""

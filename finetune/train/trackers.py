@@ -16,8 +16,8 @@ def check(names: tuple[str, ...]) -> None:
     """Raise FinetuneError for one that is not installed: Accelerate would leave it out in silence."""
     there = [str(name) for name in get_available_trackers()]
     if missing := [name for name in names if name not in there]:
-        raise FinetuneError(f"train.trackers: {', '.join(missing)}: Accelerate knows no such tracker, or its package is not installed; "
-                            f"there is {', '.join(there) or 'none'}")
+        raise FinetuneError(f"train.trackers: {', '.join(missing)}: Accelerate knows no such tracker, or its package is not "
+                            f"installed; there is {', '.join(there) or 'none'}")
 
 
 def start(accelerator: Accelerator, folder: Path) -> None:

@@ -252,7 +252,7 @@ def merged(family, artifact, strength: float) -> Tensor:
 @torch.no_grad()
 def probe(family) -> Tensor:
     """The denoiser's output at a fixed point, as the family stands."""
-    denoiser, latents = family.parts["denoiser"], family.parts["vae"].config.latent_channels
+    denoiser, latents = family.parts["denoiser"], family.vae_config.get("latent_channels", 4)
     side = min(denoiser.config.sample_size, 32)
     x = noise.normal((denoiser.config.in_channels, side, side), 0, [0, 1], "verify").to(denoiser.device)
     pixels = side * family.stride

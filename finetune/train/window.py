@@ -11,8 +11,9 @@ import time
 import torch
 
 from finetune import device
+from finetune.disk import write_text
 from finetune.errors import FinetuneError
-from finetune.runfolder import RunFolder, write_text
+from finetune.runfolder import RunFolder
 from finetune.train import trackers
 from finetune.train.setup import Run
 
@@ -71,9 +72,9 @@ class Window:
     def check(self, done: int) -> None:
         """Raise FinetuneError when too many steps in a row were skipped."""
         if self.skipped >= GIVE_UP:
-            raise FinetuneError(f"step {done}: the last {self.skipped} steps were not finite and are skipped; the state before "
-                                "them is saved. Lower train.learning_rate, or leave out the pictures that metrics.jsonl "
-                                "names, and start again with --fresh")
+            raise FinetuneError(f"step {done}: the last {self.skipped} steps were not finite and are skipped; the state "
+                                "before them is saved. Lower train.learning_rate, or leave out the pictures that "
+                                "metrics.jsonl names, and start again with --fresh")
 
 
 def _mean(values: list[float], counted) -> float | None:

@@ -117,11 +117,13 @@ def commands(place: Path) -> dict[str, list[str]]:
         write(folder)
         found[f"data as {name}"] = [*train, "--set", f"data.images={folder}"]
 
-    source("pickled pictures", lambda folder: [(folder / f"a.{s}").write_bytes(payload) for s in ("png", "npy", "npz", "webp")])
+    source("pickled pictures", lambda folder: [(folder / f"a.{s}").write_bytes(payload)
+                                               for s in ("png", "npy", "npz", "webp")])
     source("a dataset script", lambda folder: (folder / "a dataset script.py").write_text(module))
     source("a pickled table", lambda folder: (folder / "metadata.parquet").write_bytes(payload))
     source("an extension type", lambda folder: extension(folder / "metadata.parquet", payload))
-    source("a saved dataset", lambda folder: [(folder / n).write_bytes(payload) for n in ("dataset_info.json", "state.json", "data.arrow")])
+    source("a saved dataset", lambda folder: [(folder / n).write_bytes(payload)
+                                              for n in ("dataset_info.json", "state.json", "data.arrow")])
     for name, link in {"a link out": tarfile.SYMTYPE, "a hard link out": tarfile.LNKTYPE, "a traversal": tarfile.REGTYPE,
                        "pickles": b"pickle"}.items():
         with tarfile.open(place / f"{name}.tar", "w") as archive:

@@ -163,7 +163,8 @@ class Case:
         files = {str(p.relative_to(self.run)): hashlib.sha256(p.read_bytes()).hexdigest()
                  for folder in (self.run / "adapter", last) for p in sorted(folder.rglob("*")) if p.is_file()}
         lines = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
-        plain = [{key: value for key, value in line.items() if key not in ("images_per_second", "memory_mb")} for line in lines]
+        plain = [{key: value for key, value in line.items() if key not in ("images_per_second", "memory_mb")}
+                 for line in lines]
         return files | {"log": json.dumps(plain)}
 
     def ends(self, wanted: dict[str, str], what: str, wrong: str = "", first: Callable[[], None] = lambda: None) -> bool:

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from finetune.errors import FinetuneError  # noqa: E402
 from finetune.header import MAX_HEADER_BYTES, MAX_METADATA_BYTES, MAX_TENSORS, Header, read_header  # noqa: E402
 
-WORDS = [b"{", b"}", b"[", b"]", b'"', b":", b",", b"\\", b"null", b"NaN", b"-1", b"1e309", b"18446744073709551616", b"0", b"\0",
+WORDS = [b"{", b"}", b"[", b"]", b'"', b":", b",", b"\\", b"null", b"NaN", b"-1", b"1e309", b"18446744073709551616", b"0",
+         b"\0",
          b"\xff", "😀".encode(), b"\\ud83d", b'"F32"', b'"F4"', b'"dtype":', b'"shape":[', b'"__metadata__":{', b" " * 1000]
 
 
@@ -81,7 +82,8 @@ def mutated(header: bytes, data: int, draw: random.Random) -> bytes:
                 other = draw.randrange(len(text) + 1)
                 text[at:at] = text[other:other + draw.randrange(1, 200)]
             case 5:
-                text = bytearray(text.replace(*draw.sample([b"64", b"128", b"256", b"4", b"16", b"F32", b"F64", b"BF16"], 2), 1))
+                two = draw.sample([b"64", b"128", b"256", b"4", b"16", b"F32", b"F64", b"BF16"], 2)
+                text = bytearray(text.replace(*two, 1))
     length = len(text) if draw.random() < 0.95 else draw.choice((0, 1, len(text) - 1, len(text) + 9, 2**31, 2**63, 2**64 - 1))
     return struct.pack("<Q", length) + bytes(text) + bytes(max(0, data + draw.choice((0, 0, 0, 0, -1, 1, -data))))
 

@@ -20,7 +20,8 @@ def model(request, tmp_path_factory) -> str:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     folder = tmp_path_factory.mktemp(request.param)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", *"abcdefghijklmnopqrstuvwxyz", "red", "circle", "white"]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", *"abcdefghijklmnopqrstuvwxyz", "red", "circle",
+             "white"]
     (folder / "vocab.txt").write_text("\n".join(words))
     tokens = transformers.BertTokenizer(str(folder / "vocab.txt"), bos_token="[DEC]",
                                         model_input_names=["input_ids", "attention_mask"])
@@ -37,7 +38,8 @@ def model(request, tmp_path_factory) -> str:
             seen = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
             processor = transformers.GitProcessor(seen, tokens)
             net = transformers.GitForCausalLM(transformers.GitConfig(
-                **small, **(of | {"bos_token_id": 2}), vocab_size=len(words), vision_config=small | {"image_size": 32, "patch_size": 16}))
+                **small, **(of | {"bos_token_id": 2}), vocab_size=len(words),
+                vision_config=small | {"image_size": 32, "patch_size": 16}))
         torch.manual_seed(1)        # here: how much was drawn before is the library's business
         for weight in net.parameters():     # so that it says more than one thing
             if weight.ndim > 1:
@@ -82,7 +84,8 @@ def test_captions_beside_human_ones(model, pictures, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("wrong, said", [
-    ({"--model": "no/such/model"}, "no/such/model: cannot be used"), ({"--model": str(TINY / "text_encoder")}, "an image-to-text model"),
+    ({"--model": "no/such/model"}, "no/such/model: cannot be used"),
+    ({"--model": str(TINY / "text_encoder")}, "an image-to-text model"),
     ({"--tokens": "0"}, "at least 1"), ({"pictures": "nowhere"}, "no folder")])
 def test_what_cannot_be_done(wrong, said, pictures, tmp_path, capsys):
     folder = shutil.copytree(pictures, tmp_path / "mine")

@@ -79,7 +79,8 @@ def test_problems_are_found(tmp_path, capsys, adapter):
     write_safetensors(path, tensors, {"finetune.family": "sd1"})
     problems = json.loads(inspected(capsys, path, "--json"))["problems"]
     assert len(problems) == 4 and problems[0].startswith("odd alpha: 200")
-    assert "blocks.1.attn2" in str([p for p in problems if "nothing" in p]) and "blocks.2.attn2" in str([p for p in problems if "NaN" in p])
+    assert "blocks.1.attn2" in str([p for p in problems if "nothing" in p])
+    assert "blocks.2.attn2" in str([p for p in problems if "NaN" in p])
     assert "blocks.3.attn2" in str([p for p in problems if "bear" in p])
     # One half of a pair is gone: said, and the header is shown all the same.
     tensors = read_tensors(adapter)

@@ -35,7 +35,8 @@ def test_a_picture_depends_on_its_seed_only(tmp_path):
     assert sample(tmp_path / "many", "--prompt", "a red circle", "--prompt", "a blue star", "--count", 3, "--seed", 4) == 0
     assert sample(tmp_path / "one", "--prompt", "a blue star", "--seed", 6) == 0
     names = sorted(p.name for p in (tmp_path / "many").iterdir())
-    assert names == ["0000-seed4.png", "0001-seed5.png", "0002-seed6.png", "0003-seed4.png", "0004-seed5.png", "0005-seed6.png"]
+    assert names == ["0000-seed4.png", "0001-seed5.png", "0002-seed6.png", "0003-seed4.png", "0004-seed5.png",
+                     "0005-seed6.png"]
     one, many = (Image.open(tmp_path / p).convert("RGB").tobytes() for p in ("one/0000-seed6.png", "many/0005-seed6.png"))
     assert max(abs(a - b) for a, b in zip(one, many)) <= 1
     facts = json.loads(Image.open(tmp_path / "many/0005-seed6.png").text["finetune"])
@@ -54,7 +55,8 @@ def test_strengths_and_grid(tmp_path, adapter):
 
 
 def test_merged_is_what_diffusers_loads_and_what_sample_shows(tmp_path, adapter):
-    assert main(["merge", "--base", "tiny", "--adapter", f"{adapter}:0.5", "--dtype", "float32", "--out", str(tmp_path / "m")]) == 0
+    assert main(["merge", "--base", "tiny", "--adapter", f"{adapter}:0.5", "--dtype", "float32",
+                 "--out", str(tmp_path / "m")]) == 0
     merged = StableDiffusionPipeline.from_pretrained(tmp_path / "m", dtype=torch.float32)
     loaded = StableDiffusionPipeline.from_pretrained(TINY, dtype=torch.float32)
     loaded.load_lora_weights(str(adapter))
@@ -66,7 +68,8 @@ def test_merged_is_what_diffusers_loads_and_what_sample_shows(tmp_path, adapter)
     ids = merged.tokenizer("a red circle", padding="max_length", return_tensors="pt").input_ids
     assert torch.equal(merged.text_encoder(ids)[0], loaded.text_encoder(ids)[0])
     assert (tmp_path / "m" / "tokenizer" / "vocab.json").is_file()
-    assert main(["merge", "--base", "tiny", "--adapter", str(adapter), "--out", str(tmp_path / "m")]) == 2   # never overwritten
+    assert main(["merge", "--base", "tiny", "--adapter", str(adapter),
+                 "--out", str(tmp_path / "m")]) == 2   # never overwritten
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -106,7 +109,8 @@ def test_verify_and_convert(tmp_path, adapter, capsys):
         said = capsys.readouterr().out
         assert "FAIL" not in said and "diffusers at strength 0.5" in said
     assert main(["convert", str(tmp_path / "d.safetensors"), "--to", "kohya", "--out", str(tmp_path / "k.safetensors")]) == 0
-    one, other = (formats.load(p, registry.find("families", "sd1").SPEC).tensors for p in (adapter, tmp_path / "k.safetensors"))
+    one, other = (formats.load(p, registry.find("families", "sd1").SPEC).tensors
+                  for p in (adapter, tmp_path / "k.safetensors"))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert main(["convert", str(adapter), "--to", "kohia", "--out", str(tmp_path / "x.safetensors")]) == 2
     assert main(["convert", str(adapter), "--to", "kohya", "--out", str(adapter)]) == 2

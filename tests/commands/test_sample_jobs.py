@@ -20,7 +20,8 @@ YAML = """
 def test_jsonl_and_yaml_say_the_same_and_count_more_than_the_command_line(tmp_path):
     (tmp_path / "jobs.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, ROWS)), encoding="utf-8")
     (tmp_path / "jobs.yaml").write_text(YAML)
-    one, other = (jobs(read(tmp_path / name), {"seed": 1, "steps": 9, "negative": "grey"}) for name in ("jobs.jsonl", "jobs.yaml"))
+    one, other = (jobs(read(tmp_path / name), {"seed": 1, "steps": 9, "negative": "grey"})
+                  for name in ("jobs.jsonl", "jobs.yaml"))
     assert one == other
     assert [(job.seed, job.steps, job.negative, job.size, job.image) for job in one] == [
         (7, 3, "cat", (32, 64), None), (8, 3, "cat", (32, 64), None), (1, 9, "grey", None, tmp_path / "a.png")]

@@ -73,7 +73,8 @@ def test_two_adapters_become_one_exactly(tiny, pair, tmp_path, capsys):
 
 def test_into_a_rank_with_the_error_said(pair, tmp_path, capsys):
     both = tmp_path / "ab.safetensors"
-    assert main(["merge", "--adapter", str(pair[0]), "--adapter", f"{pair[1]}:2", "--rank", "3", "--json", "--out", str(both)]) == 0
+    assert main(["merge", "--adapter", str(pair[0]), "--adapter", f"{pair[1]}:2", "--rank", "3",
+                 "--json", "--out", str(both)]) == 0
     said = json.loads(capsys.readouterr().out)
     wanted, found = added(changes(pair[0]), changes(pair[1], 2.0)), changes(both)
     measured = lacks(wanted, found)
@@ -103,7 +104,8 @@ def test_other_kinds_become_a_lora_only_with_a_size_and_without_a_base(pair, tmp
     assert max(lacks(added(changes(pair[0]), changes(files["lokr"])), changes(out)).values()) < 1e-5
     out.unlink()
     for words, why in (([*start, str(files["lokr"])], "ranks cannot be added up; give --rank"),
-                       ([*start, str(files["loha"]), "--rank", "2"], "is a LoHa: the kernel of its weight depends on the base"),
+                       ([*start, str(files["loha"]), "--rank", "2"],
+                        "is a LoHa: the kernel of its weight depends on the base"),
                        ([*start, str(files["dora"]), "--rank", "2"], "has dora_scale: what it changes depends on the base"),
                        (["resize", str(files["dora"]), "--rank", "2"], "finetune extract --base B --tuned M")):
         assert main([*words, "--out", str(out)]) == 2
@@ -131,7 +133,8 @@ def test_mistakes(tiny, pair, tmp_path, capsys):
                        ([*a, "--base", "tiny", "--adapter", nan, "--out", out], "hold NaN or infinity"),
                        (["resize", str(tmp_path / "zero.safetensors"), "--rank", "1", "--out", out], "changes nothing"),
                        (["resize", str(pair[0]), "--energy", "1.5", "--out", out], "a share is needed"),
-                       (["extract", "--base", "tiny", "--tuned", "tiny", "--rank", "2", "--out", out], "no layer has changed")):
+                       (["extract", "--base", "tiny", "--tuned", "tiny", "--rank", "2", "--out", out],
+                        "no layer has changed")):
         assert main(words) == 2, words
         assert why in capsys.readouterr().err, why
     assert not (tmp_path / "o.safetensors").exists()
@@ -140,7 +143,8 @@ def test_mistakes(tiny, pair, tmp_path, capsys):
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
 def test_resize_keeps_the_format_and_what_the_file_says(tiny, tmp_path, capsys, form):
     file = lora(tiny, tmp_path / "a.safetensors", {TO_K: 4, CONV: 4, FC1: 2}, 0, form, ss_steps="9", sshs_model_hash="1")
-    before, sizes = changes(file), {"same": ("--rank", 4), "all": ("--energy", 1.0), "two": ("--rank", 2), "most": ("--frobenius", 0.9)}
+    before, sizes = changes(file), {"same": ("--rank", 4), "all": ("--energy", 1.0), "two": ("--rank", 2),
+                                    "most": ("--frobenius", 0.9)}
     lost, files = {}, {}
     for name, (word, value) in sizes.items():
         files[name] = tmp_path / f"{name}.safetensors"
@@ -168,14 +172,16 @@ def test_extract_finds_what_was_merged(tiny, tmp_path, capsys):
     """Also of models whose files have other names, types and shards."""
     from safetensors.torch import save_file
 
-    file, tuned, out = lora(tiny, tmp_path / "a.safetensors", {TO_K: 4, CONV: 4, FC1: 4}, 0), tmp_path / "tuned", tmp_path / "x.safetensors"
+    file = lora(tiny, tmp_path / "a.safetensors", {TO_K: 4, CONV: 4, FC1: 4}, 0)
+    tuned, out = tmp_path / "tuned", tmp_path / "x.safetensors"
     assert main(["merge", "--base", "tiny", "--dtype", "float32", "--adapter", str(file), "--out", str(tuned)]) == 0
     weights = tuned / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = read_tensors(weights)
     tensors["conv_out.bias"] = tensors["conv_out.bias"] + 0.25
     names = sorted(tensors)
     for i, part in enumerate((names[::2], names[1::2]), 1):
-        save_file({name: tensors[name] for name in part}, tuned / "unet" / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors")
+        save_file({name: tensors[name] for name in part},
+                  tuned / "unet" / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors")
     weights.unlink()
     text = read_tensors(tuned / "text_encoder" / "model.safetensors")
     save_file({name.removeprefix("text_model."): t for name, t in text.items()}, tuned / "text_encoder" / "model.safetensors")
@@ -204,15 +210,18 @@ def test_extract_finds_what_was_merged(tiny, tmp_path, capsys):
 def test_extract_between_single_files(tiny, tmp_path, monkeypatch, capsys):
     """Of the tiny base, whose config is no published one."""
     base = families.locate("tiny")
-    known = {name: base.config(name) for name in ("unet", "text_encoder", "vae")} | {"model_index": base.index, "scheduler": {}}
+    known = {"model_index": base.index, "scheduler": {}}
+    known |= {name: base.config(name) for name in ("unet", "text_encoder", "vae")}
     monkeypatch.setattr(_single, "configs", lambda found: known)
     file, zero = (lora(tiny, tmp_path / f"{scale}.safetensors", {TO_K: 4, CONV: 4, FC1: 4}, scale) for scale in (0, 1))
     for adapter, out in ((f"{zero}:0", "base"), (file, "tuned")):
-        assert main(["merge", "--base", "tiny", "--dtype", "float32", "--adapter", str(adapter), "--out", str(tmp_path / out) + ".safetensors"]) == 0
+        assert main(["merge", "--base", "tiny", "--dtype", "float32", "--adapter", str(adapter),
+                     "--out", str(tmp_path / out) + ".safetensors"]) == 0
     wanted = changes(file)
     for before in ("tiny", str(tmp_path / "base.safetensors")):
         out = tmp_path / f"from_{before[:4].strip('/')}.safetensors"
-        assert main(["extract", "--base", before, "--tuned", str(tmp_path / "tuned.safetensors"), "--rank", "4", "--dtype", "float32",
+        assert main(["extract", "--base", before, "--tuned", str(tmp_path / "tuned.safetensors"), "--rank", "4",
+                     "--dtype", "float32",
                      "--out", str(out)]) == 0
         found = changes(out)
         assert found.keys() == wanted.keys()

@@ -37,13 +37,14 @@ with torch.device("meta"):
     vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), down_block_types=["DownEncoderBlock2D"] * 4,
                         up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2)
 lora = {}
-for module, part, component, file in ((unet, "denoiser", "unet", "diffusion_pytorch_model"), (text, "text", "text_encoder", "model"),
+for module, part, component, file in ((unet, "denoiser", "unet", "diffusion_pytorch_model"),
+                                      (text, "text", "text_encoder", "model"),
                                       (vae, "", "vae", "diffusion_pytorch_model")):
     path = folder / component
     path.mkdir()
     (path / "config.json").write_text(module.to_json_string() if part != "text" else module.config.to_json_string())
-    write_safetensors(path / f"{file}.safetensors",
-                      {published(name): torch.randn(t.shape) * 0.02 for name, t in module.state_dict().items()}, {"format": "pt"})
+    drawn = {published(name): torch.randn(t.shape) * 0.02 for name, t in module.state_dict().items()}
+    write_safetensors(path / f"{file}.safetensors", drawn, {"format": "pt"})
     for name, layer in module.named_modules() if part else ():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             out, *inner = layer.weight.shape
@@ -81,7 +82,8 @@ def test_within_six_gigabytes(tmp_path):
     lora, sized = base / "lora.safetensors", tmp_path / "small.safetensors"
     finetune = ("-m", "finetune")
     call(*finetune, "merge", "--base", base, "--adapter", lora, "--out", tuned)
-    text, _ = call(*finetune, "extract", "--base", base, "--tuned", tuned, "--rank", 32, "--json", "--out", tmp_path / "x.safetensors",
+    text, _ = call(*finetune, "extract", "--base", base, "--tuned", tuned, "--rank", 32,
+                   "--json", "--out", tmp_path / "x.safetensors",
                    "--dtype", "float32")
     found = json.loads(text)
     print(len(found["layers"]), "layers, error", found["error"], "worst", found["worst"])
@@ -99,7 +101,8 @@ def test_two_steps_at_256_pixels_within_eight_gigabytes(pictures, tmp_path):
     base, limit = ROOT / "runs" / "bench" / "sd15", 8e9 / 2**30
     call(ROOT / "scripts" / "random_base.py", "sd15", base, limit=limit)
     words = [f"base.path={base}", "base.variant=null", "base.dtype=float32", f"data.images={pictures}", "data.resolution=256",
-             "train.max_steps=2", "train.warmup_steps=0", "train.mixed_precision='no'", "train.batch_size=1", "every.preview=0"]
+             "train.max_steps=2", "train.warmup_steps=0", "train.mixed_precision='no'", "train.batch_size=1",
+             "every.preview=0"]
     call("-m", "finetune", "train", ROOT / "recipes" / "sd15_lora_style_8gb.yaml", "--run", tmp_path / "run",
          *(part for word in words for part in ("--set", word)), limit=limit)
     found = json.loads((tmp_path / "run" / "adapter" / "verify.json").read_text())

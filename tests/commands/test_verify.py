@@ -53,9 +53,12 @@ def twice(text):
 
 
 FILES = {
-    "all zero": (save(lora() | {f"{PATH}{m}.lora_up.weight": torch.zeros(64, 2) for m in "qkv"}), "FAIL not zero .*0 of 3 changes"),
-    "one NaN": (save(changed("k.lora_up.weight", torch.full((64, 2), torch.nan))), r"FAIL finite .*8 of 9 tensors; not denoiser\..*to_k"),
-    "an overflow": (save(lora() | {f"{PATH}q.lora_up.weight": torch.full((64, 2), 3e38), f"{PATH}q.lora_down.weight": torch.full((2, 128), 9.0)}),
+    "all zero": (save(lora() | {f"{PATH}{m}.lora_up.weight": torch.zeros(64, 2) for m in "qkv"}),
+                 "FAIL not zero .*0 of 3 changes"),
+    "one NaN": (save(changed("k.lora_up.weight", torch.full((64, 2), torch.nan))),
+                r"FAIL finite .*8 of 9 tensors; not denoiser\..*to_k"),
+    "an overflow": (save(lora() | {f"{PATH}q.lora_up.weight": torch.full((64, 2), 3e38),
+                                   f"{PATH}q.lora_down.weight": torch.full((2, 128), 9.0)}),
                     "FAIL finite .*2 of 3 changes; not"),
     "alpha 0": (save(lora(alpha=0.0)), "FAIL not zero"),
     "alpha NaN": (save(changed("k.alpha", torch.tensor(torch.nan))), "to_k.alpha is nan for rank 2: no scale"),
@@ -74,11 +77,13 @@ FILES = {
     "another rank for peft": (save(peft(), {"lora_adapter_metadata": '{"unet.r": 64, "unet.lora_alpha": 1}'}),
                               "its metadata say rank 64, but its tensors have 2"),
     "a rank that is none": (save(peft(), {"lora_adapter_metadata": '{"unet.r": [2]}'}), "is not what diffusers writes"),
-    "whole numbers": (save(changed("k.lora_up.weight", torch.ones(64, 2, dtype=torch.int32))), "lora_B has numbers of the type int32"),
+    "whole numbers": (save(changed("k.lora_up.weight", torch.ones(64, 2, dtype=torch.int32))),
+                      "lora_B has numbers of the type int32"),
     "a module twice": (save(lora() | peft()), "and another key both mean .*attn2.to_k.lora_A"),
     "no tensors": (save({}), "no format reads it: kind unknown, keys none"),
     "a token of zeros": (save({"emb_params": torch.zeros(2, 128)}), "FAIL not zero .*0 of 1 tensors"),
-    "a foreign key": (save(lora() | {"lora_unet_what_is_this.alpha": torch.tensor(1.0)}), "lora_unet_what_is_this.alpha': no name of an adapter"),
+    "a foreign key": (save(lora() | {"lora_unet_what_is_this.alpha": torch.tensor(1.0)}),
+                      "lora_unet_what_is_this.alpha': no name of an adapter"),
 }
 
 

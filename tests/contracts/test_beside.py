@@ -45,7 +45,8 @@ def test_a_lora_is_trained_resumed_proven_and_sampled(recipe, train, tmp_path, b
     losses = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "validation_loss" in line]
     found = json.loads((run / "adapter" / "verify.json").read_text())
     assert all(check["passed"] for checks in found.values() for check in checks)
-    assert len(found) == 2 and all("diffusers at strength 0.5" in {check["name"] for check in checks} for checks in found.values())
+    assert len(found) == 2 and all("diffusers at strength 0.5" in {check["name"] for check in checks}
+                                   for checks in found.values())
     file = run / "adapter" / "small.safetensors"
     whole = file.read_bytes()
     (run / "adapter").rename(tmp_path / "whole")
@@ -57,7 +58,8 @@ def test_a_lora_is_trained_resumed_proven_and_sampled(recipe, train, tmp_path, b
     Image.new("L", Image.open(pictures / "3.png").size, 255).save(tmp_path / "mask.png")
     order = ["--mask", str(tmp_path / "mask.png"), "--size", "64x64"] if shows == "hole" else ["--upscale"]
     assert main(["inspect", str(file), "--json"]) == 0 and json.loads(capsys.readouterr().out)["family"] == family
-    sample = ["sample", "--base", str(path), "--family", family, "--prompt", "a circle", "--steps", "1", "--out", str(tmp_path / "o")]
+    sample = ["sample", "--base", str(path), "--family", family, "--prompt", "a circle", "--steps", "1",
+              "--out", str(tmp_path / "o")]
     assert main([*sample, "--adapter", str(file), "--image", str(pictures / "3.png"), *order]) == 0
     made = Image.open(next((tmp_path / "o").glob("*.png")))
     assert made.size == ((64, 64) if shows == "hole" else (4 * 48, 4 * 36))       # of 49 × 36
@@ -112,7 +114,7 @@ def widened(shows: str, folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_lora_learns_from_what_it_is_shown(train, tmp_path):
-    """Beside the tiny base itself under the same settings: nothing tells of squares of random colours but that they are shown."""
+    """Beside the tiny base itself under the same settings: nothing tells of random squares but that they are shown."""
     draw = np.random.default_rng(0)
     for role, count in (("learn", 200), ("held", 16)):
         (tmp_path / role).mkdir()

@@ -69,7 +69,8 @@ def test_a_lora_of_all_parts_is_written_proven_sampled_and_merged(write, train, 
     assert f"({family}, {({'sd2': 'v_prediction', 'sd3': 'flow'}).get(family, 'epsilon')}, float32)" in header
 
     out = tmp_path / "out"
-    assert main(["convert", str(plain), "--family", family, "--to", "kohya", "--out", str(tmp_path / "again.safetensors")]) == 0
+    assert main(["convert", str(plain), "--family", family, "--to", "kohya",
+                 "--out", str(tmp_path / "again.safetensors")]) == 0
     again = load_file(tmp_path / "again.safetensors")
     assert all(torch.equal(again[name], t) for name, t in load_file(kohya).items())
     assert main(["sample", "--base", base, "--family", family, "--adapter", f"{kohya}:0.5", "--prompt", "a red circle",
@@ -112,7 +113,8 @@ def test_a_full_fine_tune_with_class_pictures_and_long_captions(write, train, tm
     wanted = {"transformer" if flow else "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
     assert {p.name for p in model.iterdir()} >= wanted
     for encoder in (folder for folder in model.glob("text_encoder*") if folder.name != "text_encoder_3"):
-        assert {name.partition(".")[0] for name in load_file(encoder / "model.safetensors")} <= {"text_model", "text_projection"}
+        found = {name.partition(".")[0] for name in load_file(encoder / "model.safetensors")}
+        assert found <= {"text_model", "text_projection"}
         assert (model / encoder.name.replace("text_encoder", "tokenizer") / "merges.txt").is_file()
 
 

@@ -12,6 +12,7 @@ from finetune.families import base as families
 from finetune.formats import base as formats
 from finetune.methods.base import restore
 from finetune.recipe import schema
+from finetune.train.together import Together
 
 TARGETS = ["all", "conv"]
 LORA = {"rank": 2, "alpha": 3.0, "targets": TARGETS, "text": {"rank": 3}}
@@ -134,7 +135,7 @@ def test_its_names_are_those_of_the_published_layout_and_always_the_same(install
     again.install(load())
     assert list(method.parameters()) == list(again.parameters())
     assert all(torch.equal(p, again.parameters()[name]) for name, p in method.parameters().items())
-    for name in method.parameters() if method.kind != "embedding" else ():      # a file of each token, and a name of our own here
+    for name in method.parameters() if method.kind != "embedding" else ():      # of each token a file, and a name here
         part, path = name.rpartition(".")[0].split(".", 1)
         assert families.weight(family.parts, part, path) is not None
         assert part != "text" or path.startswith("text_model.")
@@ -203,3 +204,9 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(installed):
     with pytest.raises(FinetuneError, match="no such module|cannot be merged"):
         families.merge(plain.parts, [(type(artifact)(artifact.kind, "sd1", wrong, {}), 1.0)])
     assert torch.equal(output(plain), base)
+
+
+def test_two_methods_would_be_one_file():
+    Together((build("embedding"), build("lora")), (1.0, 1.0))
+    with pytest.raises(FinetuneError, match="lora and full would both be the run's file"):
+        Together((build("lora"), build("embedding"), build("full")), (1.0, 1.0, 1.0))

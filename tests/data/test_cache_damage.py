@@ -147,7 +147,8 @@ print(hashlib.sha256(b"".join(rows[n]["x"].numpy().tobytes() for n in range(300)
 
 
 def test_processes_that_write_at_once(store):
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, store], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, store], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                text=True)
                for _ in range(3)]
     for writer in writers:
         writer.stdin.write("\n")

@@ -34,7 +34,8 @@ def groups(index) -> list[list[str]]:
     return [[Path(index.name(i)).name for i in group] for group in copies(index, HOW)]
 
 
-@pytest.mark.parametrize("name", ["attributes", "layout", "style", "style_held_out", "subject", "subject_class", "texture"])
+@pytest.mark.parametrize("name", ["attributes", "layout", "style", "style_held_out", "subject", "subject_held_out",
+                                  "subject_class", "texture"])
 def test_no_bundled_picture_is_a_copy_of_another(name):
     assert copies(indexed(DATASETS / name), HOW) == []
 
@@ -42,7 +43,8 @@ def test_no_bundled_picture_is_a_copy_of_another(name):
 def test_bundled_pictures_that_were_compressed_or_halved_are_found(tmp_path):
     missed = {"half.png": 0, "50.jpg": 0, "75.jpg": 0}
     # Not threads of one pixel, which a JPEG blurs, and not the boxes, of which nothing is learned.
-    files = sorted(file for file in DATASETS.glob("*/*.png") if file.parent.name.partition("_")[0] not in ("texture", "layout"))
+    files = sorted(file for file in DATASETS.glob("*/*.png")
+                   if file.parent.name.partition("_")[0] not in ("texture", "layout"))
     for n, file in enumerate(files):
         picture = Image.open(file).convert("RGB")
         for what in missed:

@@ -1,4 +1,4 @@
-"""Numbers by position. `python tests/diffusion/test_noise.py` writes tests/golden/noise.json anew: that breaks every resume."""
+"""Numbers by position. `python tests/diffusion/test_noise.py` writes tests/golden/noise.json anew; no run resumes then."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,8 @@ def test_a_draw_does_not_depend_on_the_batch(sizes):
 
 
 def test_seeds_positions_and_streams_draw_differently():
-    draws = [(seed, position, stream) for seed in (0, 1, 10, 100) for position in (0, 1, 11, 110) for stream in ("a", "b", "0/a")]
+    draws = [(seed, position, stream) for seed in (0, 1, 10, 100) for position in (0, 1, 11, 110)
+             for stream in ("a", "b", "0/a")]
     assert len({noise.derive(*draw) for draw in draws}) == len(draws)
     assert len({noise.uniform(*draw) for draw in draws}) == len(draws)
     assert len({noise.normal((3,), draw[0], [draw[1]], draw[2]).numpy().tobytes() for draw in draws}) == len(draws)

@@ -91,6 +91,24 @@ def test_a_t5_comes_from_elsewhere_with_its_vocabulary_or_is_left_out(member, tm
         assert families.fingerprint({"": same.parts["text_3"]}) == families.fingerprint({"": whole.parts["text_3"]})
 
 
+@pytest.mark.parametrize("part, file, fields, said", [
+    ("text_3", "text_encoder_3/config.json", {"d_model": 64}, "d_model of text_3 is 64, and the denoiser's joint_attention_dim 96"),
+    ("text_2", "text_encoder_2/config.json", {"projection_dim": 32},
+     "projection_dim of text . text_2 is 32 . 32, and the denoiser's pooled_projection_dim 96"),
+    ("vae", "vae/config.json", {"latent_channels": 4}, "latent_channels of vae is 4, and the denoiser's out_channels 16"),
+])
+def test_a_part_of_another_width_is_told_before_a_weight_is_read(member, tmp_path, part, file, fields, said):
+    """Here the base has no T5, so that none of its own tells the shapes."""
+    own = member("sd35-medium")
+    for path in (own / "model_index.json", *own.glob("tokenizer*/*"), *own.glob("*/*config.json")):
+        (tmp_path / path.relative_to(own).parent).mkdir(exist_ok=True)
+        shutil.copyfile(path, tmp_path / path.relative_to(own))
+    (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | fields))
+    for base, changes, word in ((member("sd3-medium"), {part: str(tmp_path)}, part), (tmp_path, {}, "path")):
+        with pytest.raises(FinetuneError, match=f"base.{word}: {tmp_path}: {said}: they are of different models"):
+            sd3.outline(str(base), changes=Changes(changes))
+
+
 def test_what_a_base_predicts_can_be_said_and_goes_with_it(member, tmp_path):
     family = sd1.load("tiny", changes=Changes(prediction="v_prediction", zero_snr=True))
     families.write(family, tmp_path / "said", torch.float32)

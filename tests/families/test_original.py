@@ -32,12 +32,12 @@ def shrunk(name: str) -> dict[str, dict]:
     for component, config in found.items():
         if component == "unet":
             config |= {"block_out_channels": [8, 16, 24, 24][:len(config["block_out_channels"])],
-                       "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 12,
+                       "norm_num_groups": 4, "attention_head_dim": 4, "cross_attention_dim": 20 if name == "sdxl" else 8,
                        "projection_class_embeddings_input_dim": 20 if name == "sdxl" else None, "addition_time_embed_dim": 2}
         elif component == "transformer":
             heads = 2
             config |= {"num_attention_heads": heads, "attention_head_dim": 4, "caption_projection_dim": 4 * heads,
-                       "joint_attention_dim": 12, "pooled_projection_dim": 10, "pos_embed_max_size": 6}
+                       "joint_attention_dim": 12, "pooled_projection_dim": 18, "pos_embed_max_size": 6}
         elif component == "vae":
             config |= {"block_out_channels": [4, 8, 12, 12], "norm_num_groups": 2}
         elif component == "text_encoder_3":
@@ -324,6 +324,17 @@ def test_flat_text_encoders_are_read_and_more_layers_than_ours_are_dropped(tmp_p
     assert len(more) == 12 and "24th layer of its text encoder is not used" in found.notes[0] and same(again.state_dict(), modules["text_encoder"].state_dict())
 
 
+def test_a_projection_that_is_a_linear_layers(tmp_path):
+    """diffusers' scripts/convert_diffusers_to_original_sdxl.py leaves it as it is; ComfyUI reads both, diffusers itself does not."""
+    configs = shrunk("sdxl")
+    modules = parts(configs)
+    tensors, start = original("sdxl", modules), "conditioner.embedders.1.model.text_projection"
+    save_file(tensors | {f"{start}.weight": tensors.pop(start).t().contiguous()}, tmp_path / "sdxl.safetensors")
+    again = _single.SingleFile(str(tmp_path / "sdxl.safetensors"), identify(read_header(tmp_path / "sdxl.safetensors")), configs)
+    encoder = modules["text_encoder_2"]
+    assert same(again.load(type(encoder), "text_encoder_2", torch.float32).state_dict(), encoder.state_dict())
+
+
 def test_a_projection_that_the_file_cannot_hold_is_refused():
     modules = parts(shrunk("sd3-medium"))
     torch.nn.init.normal_(modules["text_encoder"].text_projection.weight)
@@ -361,6 +372,22 @@ def test_a_part_comes_from_a_folder_or_a_file_and_fits_the_base(tmp_path):
             _single.part(tmp_path / path, AutoencoderKL, "vae", torch.float32, configs["vae"] | config)
 
 
+def test_a_checkpoint_without_text_encoders_is_no_refiner(tmp_path, monkeypatch):
+    from finetune.families import sdxl
+    from finetune.families.base import Changes
+
+    found, modules = shrunk("sdxl"), parts(shrunk("sdxl"))
+    monkeypatch.setattr(_single, "configs", lambda known: found)
+    save_file(original("sdxl", {"unet": modules["unet"], "vae": modules["vae"]}), tmp_path / "pruned.safetensors")
+    with pytest.raises(FinetuneError, match="it holds no text_encoder and no text_encoder_2: .* base.text .* and base.text_2"):
+        sdxl.outline(str(tmp_path / "pruned.safetensors"))
+    for name in ("text_encoder", "text_encoder_2"):
+        modules[name].save_pretrained(tmp_path / name)
+    beside = Changes({"text": str(tmp_path / "text_encoder"), "text_2": str(tmp_path / "text_encoder_2")})
+    assert same(sdxl.load(str(tmp_path / "pruned.safetensors"), changes=beside).parts["text_2"].state_dict(),
+                modules["text_encoder_2"].state_dict())
+
+
 def test_a_checkpoint_without_a_vae_takes_one(tmp_path, monkeypatch):
     from finetune.families import sd1
     from finetune.families.base import Changes
@@ -372,6 +399,9 @@ def test_a_checkpoint_without_a_vae_takes_one(tmp_path, monkeypatch):
     modules["vae"].save_pretrained(tmp_path / "vae")
     with pytest.raises(FinetuneError, match="it holds no vae: give a whole checkpoint, or beside it base.vae"):
         sd1.load(str(file))
+    diffusers.AutoencoderKL.from_config(found["vae"] | {"scaling_factor": 0.13025}).save_pretrained(tmp_path / "other")
+    with pytest.raises(FinetuneError, match="base.vae: .*its scaling_factor is 0.13025, and the base's is 0.18215"):
+        sd1.load(str(file), changes=Changes({"vae": str(tmp_path / "other")}))
     family = sd1.load(str(file), changes=Changes({"vae": str(tmp_path / "vae")}))
     assert same(family.parts["vae"].state_dict(), modules["vae"].state_dict())
     assert same(family.parts["denoiser"].state_dict(), modules["unet"].state_dict())

@@ -18,7 +18,8 @@ def unet(family):
     from diffusers import UNet2DConditionModel
 
     sizes = {"sd1": {"cross_attention_dim": 768}, "sd2": {"cross_attention_dim": 1024},
-             "sdxl": {"block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "transformer_layers_per_block": (1, 2, 10),
+             "sdxl": {"block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
+                      "transformer_layers_per_block": (1, 2, 10),
                       "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                       "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}}
     with torch.device("meta"):
@@ -142,7 +143,8 @@ def test_different_alphas_are_one_for_diffusers(names):
 
 
 def test_invokeai_takes_resnets_alone_for_sdxl(names):
-    for family, te, right in (("sd1", [], "refused"), ("sd1", flat("lora_te", text()), 158), ("sdxl", [], 66), ("sd2", [], "refused")):
+    for family, te, right in (("sd1", [], "refused"), ("sd1", flat("lora_te", text()), 158), ("sdxl", [], 66),
+                              ("sd2", [], "refused")):
         assert counts(header(te + flat("lora_unet", names[family][1]), *PAIR), family)[5] == right
     deep = [name for name in names["sdxl"][0] if "attn1" in name]
     assert counts(header(flat("lora_unet", deep), *PAIR), "sdxl")[5] == len(deep)
@@ -197,5 +199,6 @@ def test_tokens_and_vaes():
     assert set(outcomes({"emb_params": (2, 768)}).values()) == {"loads fully"}
     assert outcomes({"ink": (2, 768)})["InvokeAI"] == "ignored" and outcomes({"ink": (768,)})["SD.Next"] == "wrongly 0/1"
     assert outcomes({"clip_l": (2, 768), "clip_g": (2, 1280)})["diffusers"] == "ignored"
-    assert set(outcomes({"decoder.up.0.block.0.conv1.weight": (4, 4, 3, 3), "quant_conv.bias": (4,)}).values()) == {"loads fully"}
+    assert set(outcomes({"decoder.up.0.block.0.conv1.weight": (4, 4, 3, 3),
+                         "quant_conv.bias": (4,)}).values()) == {"loads fully"}
     assert outcomes({"decoder.up_blocks.0.resnets.0.conv1.weight": (4, 4, 3, 3)})["A1111"] == "refused"

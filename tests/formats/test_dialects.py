@@ -81,7 +81,8 @@ WITH_ALPHA = {
 WITHOUT = {     # an alpha: it is the rank
     "diffusers": lambda part, path, role: DIFFUSERS[part] + path + PEFT[role],
     "diffusers, without text_model": lambda part, path, role: DIFFUSERS[part] + path.removeprefix("text_model.") + PEFT[role],
-    "old diffusers": lambda part, path, role: DIFFUSERS[part] + path + {"lora_A": ".lora.down.weight", "lora_B": ".lora.up.weight"}[role],
+    "old diffusers": lambda part, path, role:
+        DIFFUSERS[part] + path + {"lora_A": ".lora.down.weight", "lora_B": ".lora.up.weight"}[role],
     "mixed": lambda part, path, role: DIFFUSERS[part] + path + (
         PEFT if "attn" not in path else {"lora_A": ".lora.down.weight", "lora_B": ".lora.up.weight"})[role],
     "peft": lambda part, path, role: f"base_model.model.{path}{PEFT[role]}",
@@ -89,7 +90,8 @@ WITHOUT = {     # an alpha: it is the rank
     "bare": lambda part, path, role: path + PEFT[role],
 }
 DIALECTS = [(name, make, True) for name, make in WITH_ALPHA.items()] + [
-    (name, lambda part, path, role, make=make: role != "alpha" and make(part, path, role), False) for name, make in WITHOUT.items()]
+    (name, lambda part, path, role, make=make: role != "alpha" and make(part, path, role), False)
+    for name, make in WITHOUT.items()]
 
 
 @pytest.mark.parametrize("make, alphas", [d[1:] for d in DIALECTS], ids=[d[0] for d in DIALECTS])
@@ -109,22 +111,28 @@ def test_every_dialect_loads_and_converts_to_the_same_adapter(tmp_path, make, al
 XL = {      # diffusers → SGM, of SDXL: three levels, the upsampler of the first behind its attention
     f"{ATTENTION}.to_k": "input_blocks.4.1.transformer_blocks.0.attn2.to_k",
     "mid_block.attentions.0.transformer_blocks.9.ff.net.2": "middle_block.1.transformer_blocks.9.ff.net.2",
-    "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv", "up_blocks.2.resnets.2.conv_shortcut": "output_blocks.8.0.skip_connection",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+    "up_blocks.2.resnets.2.conv_shortcut": "output_blocks.8.0.skip_connection",
     "add_embedding.linear_1": "label_emb.0.0",
 }
 JOINT = {   # diffusers → SD 3 as published, by OneTrainer's table, where q, k and v have numbers
     **{f"transformer_blocks.1.{ours}": f"joint_blocks.1.{theirs}" for ours, theirs in {
         "attn.to_q": "x_block.attn.qkv.0", "attn.to_k": "x_block.attn.qkv.1", "attn.to_v": "x_block.attn.qkv.2",
-        "attn.to_out.0": "x_block.attn.proj", "attn.add_q_proj": "context_block.attn.qkv.0", "attn.add_k_proj": "context_block.attn.qkv.1",
-        "attn.add_v_proj": "context_block.attn.qkv.2", "attn.to_add_out": "context_block.attn.proj", "ff.net.0.proj": "x_block.mlp.fc1",
+        "attn.to_out.0": "x_block.attn.proj", "attn.add_q_proj": "context_block.attn.qkv.0",
+        "attn.add_k_proj": "context_block.attn.qkv.1",
+        "attn.add_v_proj": "context_block.attn.qkv.2", "attn.to_add_out": "context_block.attn.proj",
+        "ff.net.0.proj": "x_block.mlp.fc1",
         "ff_context.net.2": "context_block.mlp.fc2", "norm1.linear": "x_block.adaLN_modulation.1"}.items()},
-    "norm_out.linear": "final_layer.adaLN_modulation.1", "context_embedder": "context_embedder", "proj_out": "final_layer.linear",
+    "norm_out.linear": "final_layer.adaLN_modulation.1", "context_embedder": "context_embedder",
+    "proj_out": "final_layer.linear",
     "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
 }
 T5 = ["encoder.block.3.layer.0.SelfAttention.q", "encoder.block.0.layer.1.DenseReluDense.wi_0"]
-PATHS = {"sdxl": {"denoiser": list(XL), "text": TEXT, "text_2": TEXT}, "sd3": {"denoiser": list(JOINT), "text": TEXT, "text_2": TEXT, "text_3": T5}}
+PATHS = {"sdxl": {"denoiser": list(XL), "text": TEXT, "text_2": TEXT},
+         "sd3": {"denoiser": list(JOINT), "text": TEXT, "text_2": TEXT, "text_3": T5}}
 TE = {"text": "lora_te1", "text_2": "lora_te2", "text_3": "lora_te3"}
-OF_COMFY = {"text": "text_encoders.clip_l.transformer", "text_2": "text_encoders.clip_g.transformer", "text_3": "text_encoders.t5xxl.transformer"}
+OF_COMFY = {"text": "text_encoders.clip_l.transformer", "text_2": "text_encoders.clip_g.transformer",
+            "text_3": "text_encoders.t5xxl.transformer"}
 OF_OMI = {"text": "clip_l", "text_2": "clip_g", "text_3": "t5"}
 OF_DIFFUSERS = {"text": "text_encoder", "text_2": "text_encoder_2", "text_3": "text_encoder_3"}
 FOREIGN = [     # dialect, family, flat or dotted, prefixes, our names → theirs, roles
@@ -144,14 +152,16 @@ FOREIGN = [     # dialect, family, flat or dotted, prefixes, our names → their
 ]
 
 
-@pytest.mark.parametrize("family, is_flat, prefixes, names, roles", [row[1:] for row in FOREIGN], ids=[f"{r[0]} {r[1]}" for r in FOREIGN])
+@pytest.mark.parametrize("family, is_flat, prefixes, names, roles", [row[1:] for row in FOREIGN],
+                         ids=[f"{r[0]} {r[1]}" for r in FOREIGN])
 def test_every_dialect_of_the_larger_families(tmp_path, family, is_flat, prefixes, names, roles):
     """Of SD 3 the file has q, k and v as one where its tool writes them so, and shift and scale of the last norm turned."""
     torch.manual_seed(0)
     tensors, theirs = {}, {}
     for part, path in ((part, path) for part in prefixes for path in PATHS[family].get(part, ())):
         rows = 12 if path == "norm_out.linear" else 8
-        lora = {"lora_A": torch.randn(4, 6), "lora_B": torch.randn(rows, 4), "alpha": torch.tensor(2.0 if "alpha" in roles else 4.0)}
+        lora = {"lora_A": torch.randn(4, 6), "lora_B": torch.randn(rows, 4),
+                "alpha": torch.tensor(2.0 if "alpha" in roles else 4.0)}
         tensors |= {f"{part}.{path}.{role}": t for role, t in lora.items()}
         if names.get(path) == "final_layer.adaLN_modulation.1":
             lora["lora_B"] = lora["lora_B"].roll(6, 0)
@@ -159,10 +169,12 @@ def test_every_dialect_of_the_larger_families(tmp_path, family, is_flat, prefixe
     if "clip_l" not in prefixes.values():       # OneTrainer alone gives q, k and v numbers
         for stem in [stem for _, stem in theirs if stem.endswith(".qkv.0")]:
             three = [theirs.pop(("denoiser", f"{stem[:-1]}{i}")) for i in range(3)]
-            theirs["denoiser", stem[:-2]] = {"lora_A": torch.cat([lora["lora_A"] for lora in three]), "alpha": 3 * three[0]["alpha"],
+            theirs["denoiser", stem[:-2]] = {"lora_A": torch.cat([lora["lora_A"] for lora in three]),
+                                             "alpha": 3 * three[0]["alpha"],
                                              "lora_B": torch.block_diag(*(lora["lora_B"] for lora in three))}
     dot = "_" if is_flat else "."
-    file = {f"{prefixes[part]}{dot}{path.replace('.', dot)}{roles[role]}": t.contiguous() for (part, path), lora in theirs.items()
+    file = {f"{prefixes[part]}{dot}{path.replace('.', dot)}{roles[role]}": t.contiguous()
+            for (part, path), lora in theirs.items()
             for role, t in lora.items() if role in roles}
     save_file(file, tmp_path / "x.safetensors")
     spec = registry.find("families", family).SPEC
@@ -188,13 +200,15 @@ def test_the_first_attention_processors_of_diffusers(tmp_path):
     names = {f"{ATTENTION}.to_k": "to_k", f"{ATTENTION}.to_out.0": "to_out"}
     for start in ("unet.", ""):
         save_file(written(artifact, lambda part, path, role: role != "alpha" and
-                          f"{start}{ATTENTION}.processor.{names[path]}_lora.{'down' if role == 'lora_A' else 'up'}.weight"), tmp_path / "x")
+                          f"{start}{ATTENTION}.processor.{names[path]}_lora.{'down' if role == 'lora_A' else 'up'}.weight"),
+                          tmp_path / "x")
         assert base.load(tmp_path / "x", SPEC).tensors.keys() == artifact.tensors.keys()
 
 
 def test_ldm_names_are_those_of_the_published_unet():
     for ours, theirs in LDM.items():
-        assert _dialects.from_ldm(theirs) == ours == _dialects.from_ldm(ours) and _dialects.dotted(theirs.replace(".", "_")) == theirs
+        assert _dialects.from_ldm(theirs) == ours == _dialects.from_ldm(ours)
+        assert _dialects.dotted(theirs.replace(".", "_")) == theirs
 
 
 def test_an_oft_of_sd_scripts_with_its_constraint(tmp_path):

@@ -87,7 +87,8 @@ def test_a_fused_lora_of_others_is_taken_apart_exactly(rank, alpha):
     {f"hada_w{i}_{side}": torch.randn((3 * WIDTH, 2) if side == "a" else (2, WIDTH)) for i in "12" for side in "ab"}],
     ids=lambda roles: next(iter(roles)))
 def test_other_changes_of_a_fused_layer_are_taken_apart_too(roles):
-    found = modules(kohya.decode({f"lora_unet_joint_blocks_0_x_block_attn2_qkv.{role}": t for role, t in roles.items()}, {}, SPEC).tensors)
+    file = {f"lora_unet_joint_blocks_0_x_block_attn2_qkv.{role}": t for role, t in roles.items()}
+    found = modules(kohya.decode(file, {}, SPEC).tensors)
     paths = [f"transformer_blocks.0.attn2.to_{letter}" for letter in "qkv"]
     whole = core({role: roles[role] for role in roles} | ({"alpha": torch.tensor(2.0)} if "hada_w1_a" in roles else {}))
     torch.testing.assert_close(torch.cat([core(found["denoiser", path]) for path in paths]), whole)

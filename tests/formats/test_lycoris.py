@@ -165,16 +165,19 @@ def test_what_tools_are_told(make, kind, module):
 
 def test_norms_and_biases(tmp_path):
     """As LyCORIS writes them: diff_b of a layer, beside whatever changes its weight, and w_norm and b_norm."""
-    parts = {"denoiser": torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(IN, OUT, 3), "conv_norm_out": torch.nn.GroupNorm(2, IN)})}
+    parts = {"denoiser": torch.nn.ModuleDict({"conv_in": torch.nn.Conv2d(IN, OUT, 3),
+                                              "conv_norm_out": torch.nn.GroupNorm(2, IN)})}
     conv, norm = parts["denoiser"].values()
     file = {f"lora_unet_conv_in.{name}": t for name, t in lora(CONV)[0].items()} | {"lora_unet_conv_in.diff_b": draw(OUT)}
     file |= {"lora_unet_conv_norm_out.w_norm": draw(IN), "lora_unet_conv_norm_out.b_norm": draw(IN)}
     artifact = kohya.decode(file, {}, SPEC)
     again = kohya.encode(artifact, SPEC)[0]
-    assert artifact.kind == "difference" and again.keys() == file.keys() and all(torch.equal(again[name], t) for name, t in file.items())
+    assert artifact.kind == "difference" and again.keys() == file.keys()
+    assert all(torch.equal(again[name], t) for name, t in file.items())
     before = [p.detach().clone() for p in (conv.bias, norm.weight, norm.bias)]
     with families.merged(parts, [(artifact, 0.5)]):
-        for p, old, name in zip((conv.bias, norm.weight, norm.bias), before, ("conv_in.diff_b", "conv_norm_out.w_norm", "conv_norm_out.b_norm")):
+        for p, old, name in zip((conv.bias, norm.weight, norm.bias), before,
+                                ("conv_in.diff_b", "conv_norm_out.w_norm", "conv_norm_out.b_norm")):
             torch.testing.assert_close(p, old + 0.5 * file[f"lora_unet_{name}"])
     parts["denoiser"]["conv_in"] = torch.nn.Conv2d(IN, OUT, 3, bias=False)
     assert families.misfits(parts, artifact) == ["denoiser.conv_in.bias: the base has no such module"]

@@ -98,7 +98,7 @@ def test_a_dropped_layer_is_the_base_and_nothing_is_dropped_when_not_training(va
         rested = output(family)
         family.parts["denoiser"].train()
         dropped = output(family)
-        method.setting.module_dropout = 0.0
+        method.module_dropout = 0.0
         kept = output(family)
     assert torch.equal(dropped, base) and torch.equal(kept, rested) and not torch.equal(rested, base)
 

@@ -57,7 +57,8 @@ def test_an_eval(adapters, words, clip, tmp_path, capsys):
     assert Image.open(tmp_path / "out" / "sheet.png").width > 4 * 128
     assert {one["of"] for one in found["nearest"]} == {"base", "a", "a-2", "zero"}
     assert (tmp_path / "out" / "nearest.png").exists()
-    decoded = {name: [Image.open(p).tobytes() for p in sorted((tmp_path / "out" / name).glob("*.png"))] for name in ("base", "zero")}
+    decoded = {name: [Image.open(p).tobytes() for p in sorted((tmp_path / "out" / name).glob("*.png"))]
+               for name in ("base", "zero")}
     assert decoded["base"] == decoded["zero"] and len(decoded["base"]) == 4
 
     assert main(["eval", *adapters, *words, *named, "--out", str(tmp_path / "out")]) == 2

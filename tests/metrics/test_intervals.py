@@ -38,7 +38,7 @@ def shares(rng):
 
 
 def pairs(rng):
-    """Half the squared distance of pictures of one prompt, 8 prompts of 4 seeds: its mean is the variance, here 3 numbers of 1."""
+    """Half the squared distance of pictures of one prompt, 8 prompts of 4 seeds: its mean is the variance, 3 numbers of 1."""
     prompts = np.repeat(np.arange(8), 4)
     x = 5 * rng.normal(size=(8, 3))[prompts] + rng.normal(size=(32, 3))
     values = np.square(x[:, None] - x).sum(-1) / 2

@@ -19,13 +19,16 @@ SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # facebook/dinov2-base and facebook/dino-vitb16 have these beside their weights
 DINO2 = {"crop_size": {"height": 224, "width": 224}, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True,
-         "do_rescale": True, "do_resize": True, "image_mean": MEAN, "image_std": STD, "image_processor_type": "BitImageProcessor",
+         "do_rescale": True, "do_resize": True, "image_mean": MEAN, "image_std": STD,
+         "image_processor_type": "BitImageProcessor",
          "resample": 3, "rescale_factor": 1 / 255, "size": {"shortest_edge": 256}}
 DINO = {"do_normalize": True, "do_resize": True, "feature_extractor_type": "ViTFeatureExtractor", "image_mean": MEAN,
         "image_std": STD, "resample": 2, "size": 224}
 # openai/clip-vit-large-patch14
-CLIP = {"crop_size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True, "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3, "size": 32}
+CLIP = {"crop_size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3,
+        "size": 32}
 
 
 def noisy(seed: int, count: int) -> list[Image.Image]:

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
-CALLS = {"os.system", "os.popen", "torch.load", "numpy.load", "np.load", "pandas.read_pickle", "extractall", "importlib.reload"}
+CALLS = {"os.system", "os.popen", "torch.load", "numpy.load", "np.load", "pandas.read_pickle", "extractall",
+         "importlib.reload"}
 ORDERS = {"shell", "allow_pickle", "trust_remote_code"}
 
 
@@ -25,7 +26,8 @@ def dangers(source: str) -> list[str]:
             found += [call for call in CALLS if called == call or called.endswith(f".{call}")]
             found += [f"{word.arg}=" for word in node.keywords
                       if word.arg in ORDERS and not (isinstance(word.value, ast.Constant) and word.value.value is False)]
-            if called.endswith("YAML") and not any(word.arg == "typ" and ast.unparse(word.value) == "'safe'" for word in node.keywords):
+            if called.endswith("YAML") and not any(word.arg == "typ" and ast.unparse(word.value) == "'safe'"
+                                                   for word in node.keywords):
                 found.append(ast.unparse(node))
     return found
 

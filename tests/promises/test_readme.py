@@ -15,7 +15,8 @@ from finetune.recipe import load
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^    (?:accelerate launch -m )?(finetune .+)$", README.replace("\\\n", " "), re.M)]
+COMMANDS = [shlex.split(line, comments=True)
+            for line in re.findall(r"^    (?:accelerate launch -m )?(finetune .+)$", README.replace("\\\n", " "), re.M)]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words)[:40])

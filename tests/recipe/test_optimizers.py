@@ -7,7 +7,7 @@ import pytest
 from finetune.errors import FinetuneError
 from finetune.optim.schedule import SHAPES, factor
 from finetune.recipe import dump, load
-from finetune.recipe.train import SHAPED, Schedule, Train
+from finetune.recipe.train import Schedule, Train
 
 SMALLEST = "base: {path: tiny}\ndata: {images: pictures}\nmethod: {kind: lora}\n"
 
@@ -62,7 +62,8 @@ def test_every_schedule_of_a_recipe_is_a_schedule(recipe, kind):
 
 def test_the_recipe_knows_the_same_names():
     assert get_args(Schedule.model_fields["kind"].annotation) == tuple(SHAPES)
-    assert {owner for owner, _ in SHAPED.values()} < SHAPES.keys() and SHAPED.keys() < Schedule.model_fields.keys()
+    assert Schedule.own.keys() == SHAPES.keys()
+    assert {name for own in Schedule.own.values() for name in own} < Schedule.model_fields.keys()
     assert "optimizer" in Train.model_fields
 
 

@@ -41,14 +41,20 @@ def test_it_is_resumed_proven_and_sampled_as_plain_diffusers_does(recipe, train,
             raise Crash
         return real(run, step, batches)
 
-    words = [*words, "--set", "train.ema={decay: 0.5}", "--set", "train.gradient_checkpointing=true"]
-    assert train(recipe, tmp_path / "whole", *words) == 0
+    words = [*words, "--set", "train.ema={decay: 0.5}", "--set", "train.gradient_checkpointing=true", "--set",
+             f"preview={{prompts: [a circle], conditions: [{pictures}/1.png, {pictures}/2.png], steps: 1}}"]
+    assert train(recipe, tmp_path / "whole", *words, "--set", "every.preview=2") == 0
     real = loop.one_step
     monkeypatch.setattr(loop, "one_step", one_step)
     with pytest.raises(Crash):
         train(recipe, tmp_path / "cut", *words)
     monkeypatch.undo()
     assert train(recipe, tmp_path / "cut", *words) == 0
+    assert main(["preview", str(tmp_path / "cut")]) == 0
+    sheets = sorted((tmp_path / "whole" / "previews").iterdir())
+    assert [sheet.name for sheet in sheets] == ["step-00000000.png", "step-00000002.png"]
+    assert all((tmp_path / "cut" / "previews" / sheet.name).read_bytes() == sheet.read_bytes() for sheet in sheets)
+    assert Image.open(sheets[1]).width > 3 * 128        # the condition, the base and the branch
     folder = tmp_path / "whole" / "adapter" / "small"
     assert {p.name for p in folder.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     assert all((tmp_path / "cut" / "adapter" / "small" / p.name).read_bytes() == p.read_bytes() for p in folder.iterdir())
@@ -146,7 +152,9 @@ def test_every_unet_is_given_what_the_pipeline_gives_it(name, family, member):
     ("base.quantize=int8", "control trains weights of the base, or a copy"),
     ("export=[kohya]", "kohya cannot hold adapters of the kind control"),
     ("data.caption.long=chunk", "and a control branch's, cannot leave out"),
-    ("every.preview=1,preview.prompts=[x]", "finetune sample --condition makes")])
+    ("every.preview=1,preview.prompts=[x]", "has nothing to follow"),
+    ("preview.conditions=[x.png]", "and go with preview.prompts"),
+    ("preview={prompts: [x], conditions: [x.png]}", "x.png: cannot be read: No such file")])
 def test_what_cannot_be_is_refused(change, told, recipe, train, tmp_path, words, capsys):
     assert train(recipe, tmp_path / "run", *words, *(word for one in change.split(",p") for word in (
         "--set", one if one.startswith(change[:4]) else f"p{one}"))) == 2

@@ -1,10 +1,7 @@
 """Whole runs over everything that data can be: sources, buckets, masks, class pictures, held-out pictures."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,6 @@ from PIL import Image, ImageDraw
 
 from finetune.artifact import read_tensors
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [(40, 40), (64, 36), (36, 64), (60, 40)]
 
 
@@ -74,7 +70,7 @@ def relative(a: dict, b: dict) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def test_splits_processes_and_workers_train_the_same(everything, train, tmp_path):
+def test_splits_processes_and_workers_train_the_same(everything, train, train_by_two, tmp_path):
     assert train(everything, tmp_path / "one", "--set", "data.workers=0") == 0
     said = (tmp_path / "one" / "log.txt").read_text()
     assert "9 pictures" in said and "prior     3 class pictures" in said and "held out  2" in said and "buckets" in said
@@ -82,12 +78,7 @@ def test_splits_processes_and_workers_train_the_same(everything, train, tmp_path
     assert all(torch.equal(t, adapter(tmp_path / "one")[name]) for name, t in adapter(tmp_path / "threads").items())
     assert train(everything, tmp_path / "split", "--set", "train.batch_size=1", "--set", "train.gradient_accumulation=4") == 0
     assert relative(adapter(tmp_path / "split"), adapter(tmp_path / "one")) <= 1e-4
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "finetune", "train", str(everything),
-               "--run", str(tmp_path / "two"), "--set", "train.batch_size=2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "MASTER_PORT": "29523"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_by_two(everything, tmp_path / "two", "--set", "train.batch_size=2")
     assert relative(adapter(tmp_path / "two"), adapter(tmp_path / "one")) <= 1e-4
 
 

@@ -1,19 +1,13 @@
 """Whole runs that learn tokens."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from finetune.artifact import read_tensors
 from finetune.cli import main
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def words(*methods: dict, **more) -> list[str]:
@@ -46,7 +40,8 @@ def test_a_run_is_proven_and_goes_on_bit_for_bit(coloured, train, tmp_path, meth
     tokens = {f"colour-{colour}" for colour in ("red", "orange", "yellow", "green", "cyan", "blue", "purple")} | {"sks-disc"}
     assert {name.removesuffix(".safetensors") for name in files} == tokens | ({"small"} if len(methods) > 1 else set())
     proof = json.loads((whole / "adapter" / "verify.json").read_text())["sks-disc.safetensors"]
-    assert [check["name"] for check in proof] == ["metadata", "finite", "not zero", "fits the base", "length", "moved", "prompts in diffusers", "tools"]
+    assert [check["name"] for check in proof] == ["metadata", "finite", "not zero", "fits the base", "length", "moved",
+                                                  "prompts in diffusers", "tools"]
     assert len(files["colour-red.safetensors"]) < 10_000
     assert read_tensors(whole / "adapter" / "sks-disc.safetensors")["emb_params"].shape == (2, 128)
 
@@ -59,7 +54,8 @@ def test_a_run_is_proven_and_goes_on_bit_for_bit(coloured, train, tmp_path, meth
 
 
 def test_a_token_that_no_caption_names_is_refused(coloured, train, tmp_path, capsys):
-    for template, why in (('"a {colour} disc"', "sks-disc is in no caption"), ("a sks-disc", "purple and 2 more are in no caption")):
+    for template, why in (('"a {colour} disc"', "sks-disc is in no caption"),
+                          ("a sks-disc", "purple and 2 more are in no caption")):
         assert train(coloured, tmp_path / "run", *words(TOKEN, **{"data.caption.template": template})) == 2
         assert "method.tokens: " in (said := capsys.readouterr().err) and why in said
     assert train(coloured, tmp_path / "run", *words({"kind": "embedding", "tokens": {"shape": "per_value"}})) == 2
@@ -86,15 +82,10 @@ def test_sampling_with_a_token_and_what_is_refused(coloured, train, tmp_path, ca
     assert main(["inspect", str(token)]) == 0 and "embedding" in capsys.readouterr().out
 
 
-def test_two_processes_train_the_same_as_one(coloured, train, tmp_path):
+def test_two_processes_train_the_same_as_one(coloured, train, train_by_two, tmp_path):
     sgd = {"train.optimizer": "sgd", "train.learning_rate": 1.0}       # Adam enlarges rounding
     orders = words(TOKEN, **TEMPLATE, **sgd)
     assert train(coloured, tmp_path / "one", *orders, "--set", "train.batch_size=4") == 0
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "finetune", "train", str(coloured),
-               "--run", str(tmp_path / "two"), *orders]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "MASTER_PORT": "29521"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_by_two(coloured, tmp_path / "two", *orders)
     one, two = (read_tensors(tmp_path / name / "adapter" / "sks-disc.safetensors")["emb_params"] for name in ("one", "two"))
     assert (one - two).norm() <= 1e-5 * one.norm()

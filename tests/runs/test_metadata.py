@@ -42,8 +42,9 @@ def test_a_file_is_filed_right_and_keeps_secrets(recipe, train, tmp_path, pictur
 
 
 @pytest.mark.parametrize("text, wanted", [
-    ("/home/alice/pictures/dog", "dog"), ("/home/alice", "~"), ("C:\\Users\\alice\\dog.png", "dog.png"), ("a ../x/y b", "a y b"),
-    ("file:///home/alice/x", "x"), ("https://example.org/a/b", "https://example.org/a/b"), ("black and/or white", "black and/or white"),
+    ("/home/alice/pictures/dog", "dog"), ("/home/alice", "~"), ("C:\\Users\\alice\\dog.png", "dog.png"),
+    ("a ../x/y b", "a y b"), ("file:///home/alice/x", "x"),
+    ("https://example.org/a/b", "https://example.org/a/b"), ("black and/or white", "black and/or white"),
     ("runwayml/stable-diffusion", "runwayml/stable-diffusion"), ("1/2", "1/2"), ("~bob/x/y", "y"),
     ({"/tmp/a/b": ["/srv/data/c", 3]}, {"b": ["c", 3]}),
 ])

@@ -74,11 +74,15 @@ def test_a_step_that_is_not_finite_is_skipped_named_and_skipped_again(recipe, tr
 
 
 def test_a_skipped_step_leaves_no_gradient_behind(recipe, train, tmp_path, poison):
-    """In place of weights in bfloat16 the optimizer holds others, and clears the gradient of those."""
+    """In place of weights in bfloat16 the optimizer holds others, and clears the gradient of those. The lines of the log that
+    then have no loss, the report does without."""
     seen = poison({1})
     assert train(recipe, tmp_path / "run", *settings(method="{kind: full, targets: [to_k]}", base__dtype="bfloat16",
-                                                     train__max_steps=3)) == 0
+                                                     train__max_steps=3, every__log=1)) == 0
     assert seen == {0: False, 1: True, 2: False}
+    poison({0})
+    assert train(recipe, tmp_path / "first", *settings(train__max_steps=2, every__log=1)) == 0
+    assert lines(tmp_path / "first")[-2]["loss"] is None and (tmp_path / "first" / "report.html").is_file()
 
 
 def test_many_in_a_row_end_the_run_with_the_state_before_them(recipe, train, tmp_path, poison, capsys):

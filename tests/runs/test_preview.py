@@ -35,7 +35,8 @@ def test_measured_kept_and_sampled_apart(recipe, train, tmp_path, capsys):
     assert [line["step"] for line in lines] == [0, 2, 4, 6] and all("diversity" in line for line in lines)
     best = max(lines[1:], key=lambda line: line["clip_i"])["step"]
     assert read_header(with_them / "checkpoints/best.safetensors").metadata == {"step": str(best)}
-    assert f"best      of step {best} by clip_i" in capsys.readouterr().err and (with_them / "adapter/best/verify.json").exists()
+    assert f"best      of step {best} by clip_i" in capsys.readouterr().err
+    assert (with_them / "adapter/best/verify.json").exists()
 
     assert main(["preview", str(plain)]) == 0
     sheets = sorted(path.name for path in (with_them / "previews").iterdir())

@@ -23,8 +23,9 @@ def run(recipe, pictures, train, tmp_path):
     folder = tmp_path / "private place" / "trained"
     folder.parent.mkdir()
     shutil.copytree(TINY, folder.parent / "base")
-    words = [f"base.path='{folder.parent}/base'", "train.max_steps=1", "train.warmup_steps=0", "every.log=1", "every.preview=1",
-             "preview.steps=1", f"preview.prompts=[{json.dumps(HOSTILE)}]", "data.caption.trigger='sks `x`'", "export=[kohya, diffusers]"]
+    words = [f"base.path='{folder.parent}/base'", "train.max_steps=1", "train.warmup_steps=0", "every.log=1",
+             "every.preview=1", "preview.steps=1", f"preview.prompts=[{json.dumps(HOSTILE)}]",
+             "data.caption.trigger='sks `x`'", "export=[kohya, diffusers]"]
     assert train(recipe, folder, *(word for each in words for word in ("--set", each))) == 0
     return folder
 

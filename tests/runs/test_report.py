@@ -49,7 +49,8 @@ def runs(recipe, pictures, tmp_path, train):
 def test_a_report(runs, tmp_path, capsys):
     alone = (runs[0] / "report.html").read_text()           # the training made it
     page = Page(alone)
-    assert all(address.startswith("data:image/webp") for address in page.loaded) and "http:" not in alone and "https:" not in alone
+    assert all(address.startswith("data:image/webp") for address in page.loaded)
+    assert "http:" not in alone and "https:" not in alone
     assert page.scripts == 1 and not page.handlers
     assert [image["data-step"] for image in page.images if "data-step" in image] == ["0", "1", "2"]
     assert len(page.images) == 3 + 3 and "&lt;script&gt;alert(1)" in alone and "{{ 7 * 7 }}" in alone
@@ -64,7 +65,8 @@ def test_a_report(runs, tmp_path, capsys):
     out = tmp_path / "both.html"
     assert main(["report", *map(str, runs), "--out", str(out)]) == 0
     both = out.read_text()
-    assert "What differs" in both and "train.learning_rate" in both and "0.02" in both and "train.max_steps</code></td>" not in both
+    assert "What differs" in both and "train.learning_rate" in both and "0.02" in both
+    assert "train.max_steps</code></td>" not in both
     assert "The same as those of first" in both
 
     assert main(["report", str(tmp_path)]) == 2

@@ -1,14 +1,15 @@
 """Real training on the tiny base: what comes out, and that nothing beside the recipe changes it."""
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from finetune.artifact import read_tensors, write_safetensors
+from finetune.families.base import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,17 +79,12 @@ def test_a_diverged_run_writes_no_adapter(recipe, train, tmp_path, capsys):
     assert not list((tmp_path / "run" / "adapter").iterdir())
 
 
-def test_two_processes_train_the_same_as_one(recipe, train, tmp_path):
+def test_two_processes_train_the_same_as_one(recipe, train, train_by_two, tmp_path):
     plain = settings(method__dropout=0, train__max_steps=4)
     one = [*plain, *settings(train__batch_size=4, train__gradient_accumulation=1)]
     assert train(recipe, tmp_path / "one", *one) == 0
     two = [*plain, *settings(train__batch_size=2, train__gradient_accumulation=1)]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "finetune", "train", str(recipe),
-               "--run", str(tmp_path / "two"), *two]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "MASTER_PORT": "29517"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_by_two(recipe, tmp_path / "two", *two)
     assert relative(adapter(tmp_path / "two"), adapter(tmp_path / "one")) <= 1e-5
 
 
@@ -98,7 +94,8 @@ def test_every_shipped_recipe_trains_two_steps(path, train, tmp_path, pictures, 
 
     first = path.read_text().splitlines()[0]
     assert first.startswith(f"# accelerate launch -m finetune train recipes/{path.name}")
-    bases = {"sd21": "sd21", "sdxl": "sdxl", "sd3": "sd3-medium", "sd15_inpainting": "sd15-inpainting", "upscaler": "x4-upscaler"}
+    bases = {"sd21": "sd21", "sdxl": "sdxl", "sd3": "sd3-medium", "sd15_inpainting": "sd15-inpainting",
+             "upscaler": "x4-upscaler"}
     base = next((member(name) for start, name in bases.items() if path.stem.startswith(start)), "tiny")
     recipe = load(path).recipe
     assert (recipe.base.family == "sd1" and not recipe.data.inpaint) == (base == "tiny")
@@ -136,11 +133,34 @@ def test_a_file_that_is_not_what_was_trained_is_refused(recipe, train, tmp_path,
     assert train(recipe, tmp_path / "run") == 0
 
 
+def test_what_cannot_be_proven_does_not_keep_its_name(recipe, train, tmp_path, monkeypatch, capsys):
+    """The text encoder, which is loaded again for the proof, was changed on disk meanwhile."""
+    from finetune.train import export
+
+    shutil.copytree(TINY, tmp_path / "base")
+    real = export.write
+
+    def write(*args):
+        file = tmp_path / "base" / "text_encoder" / "model.safetensors"
+        write_safetensors(file, {name: t + 1 for name, t in read_tensors(file).items()}, {"format": "pt"})
+        return real(*args)
+
+    monkeypatch.setattr(export, "write", write)
+    assert train(recipe, tmp_path / "run", "--set", f"base.path={tmp_path / 'base'}") == 2
+    said = capsys.readouterr().err
+    assert "the weights of its text are others than at the start" in said and "small.refused" in said
+    assert [p.name for p in (tmp_path / "run" / "adapter").iterdir()] == ["small.refused"]
+
+
 def test_a_start_that_was_killed_before_it_was_a_run_can_be_repeated(recipe, train, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "log.txt").write_text("base tiny\n")
-    (tmp_path / "run" / ".run.json.part").write_text('{"exa')
+    for torn in (".run.json.1.part", "adapter/best/.small.safetensors.1.part",
+                 "checkpoints/.step-00000002.part/.manifest.json.1.part"):
+        (tmp_path / "run" / torn).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / torn).write_text('{"exa')
     assert train(recipe, tmp_path / "run") == 0
+    assert not list((tmp_path / "run").rglob("*.part"))
 
 
 def test_encoders_are_let_go_for_the_steps(recipe, tmp_path, train, monkeypatch):

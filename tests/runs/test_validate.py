@@ -41,7 +41,8 @@ def test_it_changes_no_bit_and_is_resumed(recipe, tmp_path, train, watched):
 
     best = min(found[1:], key=lambda line: line["validation_loss"])["step"]
     assert read_header(watched / "checkpoints" / "best.safetensors").metadata == {"step": str(best)}
-    assert all(check["passed"] for checks in json.loads((watched / "adapter/best/verify.json").read_text()).values() for check in checks)
+    assert all(check["passed"] for checks in json.loads((watched / "adapter/best/verify.json").read_text()).values()
+               for check in checks)
 
     # Killed after the checkpoint of step 4 and before all that followed from it
     shutil.rmtree(watched / "checkpoints" / "step-00000006")
@@ -67,6 +68,7 @@ def test_patience(recipe, tmp_path, train, capsys):
 
 
 def test_mistakes(recipe, tmp_path, capsys):
-    for setting, words in (("every.validate=2", "data.validation is null"), ("train.patience=2", "every.validate, which is 0")):
+    for setting, words in (("every.validate=2", "data.validation is null"),
+                           ("train.patience=2", "every.validate, which is 0")):
         assert main(["train", str(recipe), "--run", str(tmp_path / "none"), "--set", setting]) == 2
         assert words in capsys.readouterr().err

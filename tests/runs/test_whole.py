@@ -1,10 +1,7 @@
 """Whole runs of what trains the base's own weights: a full fine-tune, and the decoder of the VAE."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -77,15 +74,10 @@ def test_released_gradients_train_the_same_and_are_never_two(recipe, train, tmp_
 
 @pytest.mark.parametrize("words, found", [
     (FULL, "small/unet/diffusion_pytorch_model.safetensors"), (VAE, "small.safetensors")], ids=["full", "vae_decoder"])
-def test_two_processes_train_the_same_as_one(recipe, train, tmp_path, words, found):
+def test_two_processes_train_the_same_as_one(recipe, train, train_by_two, tmp_path, words, found):
     words = [*words, "--set", "train.optimizer=sgd", "--set", "train.learning_rate=1e-2"]    # Adam enlarges rounding
     assert train(recipe, tmp_path / "one", *words, "--set", "train.batch_size=4") == 0
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-               "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "finetune", "train", str(recipe),
-               "--run", str(tmp_path / "two"), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "MASTER_PORT": "29519"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_by_two(recipe, tmp_path / "two", *words)
     one, two = (load_file(tmp_path / name / "adapter" / found) for name in ("one", "two"))
     assert sum((one[name] - two[name]).square().sum() for name in one) ** 0.5 <= 1e-5 * sum(
         one[name].square().sum() for name in one) ** 0.5
@@ -156,7 +148,8 @@ def test_a_tuned_vae_is_one_that_plain_diffusers_loads_and_every_command_uses(re
     file = tmp_path / "merged.safetensors"
     assert main([*merge, str(kohya), "--out", str(file)]) == 0
     assert torch.equal(verify.drawn(AutoencoderKL.from_single_file(str(file), config=str(TINY / "vae")).eval()), wanted)
-    assert main(["sample", "--base", str(file), "--prompt", "x", "--out", str(tmp_path)]) == 2      # no published model is so thin
+    assert main(["sample", "--base", str(file), "--prompt", "x",
+                 "--out", str(tmp_path)]) == 2      # no published model is so thin
     assert main(["sample", "--base", "tiny", "--adapter", str(plain), "--prompt", "a red circle", "--steps", "1",
                  "--out", str(tmp_path / "pictures")]) == 0
     assert main(["verify", str(kohya), "--base", "tiny"]) == 0

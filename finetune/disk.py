@@ -1,0 +1,54 @@
+"""Files that are there as a whole or not at all, wherever a kill or a full disk falls."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from finetune.errors import FinetuneError
+
+
+@contextmanager
+def writing(what: str, advice: str = "") -> Iterator[None]:
+    """Inside, what the disk refuses is a FinetuneError: that this cannot be written, why, and what to do."""
+    try:
+        yield
+    except OSError as e:
+        raise FinetuneError(f"{what} cannot be written: {e.strerror or e}{advice}") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden name beside the path, which gets the path's own name at the end of the block, and after an error is gone."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield staged
+        os.replace(staged, path)
+    except BaseException:
+        with suppress(OSError):
+            staged.unlink()
+        raise
+
+
+def sync(path: Path) -> None:
+    """Have the disk keep a file, or the names in a folder."""
+    if os.name == "nt":     # Windows cannot open a folder, and journals the rename by itself
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as staged, open(staged, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    sync(path.parent)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
