@@ -151,7 +151,7 @@ def combined(run: Path) -> Shares:
 
 def followed(run: Path) -> Shares:
     """The colour of the box and the shape of the caption by a reader, and the thing where the box is: their overlap is half of
-    both together or more. Beside it the base alone, and the true pictures through the VAE, which is the most that can be."""
+    both together or more. Beside it the true pictures through the VAE, which are the most that can be."""
     scenes = [make_datasets.laid_out(random.Random(f"held-out layout {i}"), i) for i in range(COUNT)]
     (run / "boxes").mkdir(exist_ok=True)
     for i, scene in enumerate(scenes):
@@ -159,16 +159,14 @@ def followed(run: Path) -> Shares:
     strip(run, "boxes", [make_datasets.boxed(scene) for scene in scenes[:SHOWN]])
     family = load("tiny")
     branch = adapters.load([(next(run.glob("adapter/*/config.json")).parent, 1.0)], family)
-    drawn = {"truth": shown(through(family.parts["vae"], 2 * readers.tensor([world.draw(scene) for scene in scenes]) - 1))}
-    for part, on in (("base", []), ("control", branch)):
-        jobs = [Job(prompt=make_datasets.layout_caption(scene), seed=1000 + i, steps=STEPS, guidance=GUIDANCE,
-                    condition=run / "boxes" / f"{i:02}.png" if on else None) for i, scene in enumerate(scenes)]
-        with adapters.on(family, on):
-            drawn[part] = list(generate(family.pipeline(), settle(family, jobs), 32))
-        sampling.sheet(run / f"{part}.png", drawn[part][:32], [job.prompt[2:24] for job in jobs[:32]])
-        strip(run, part, drawn[part][:SHOWN])
-    shares = {part: as_boxed(pictures, scenes) for part, pictures in drawn.items()}
-    return shares["control"] | {f"all three right, {part}": shares[part]["all three right"] for part in ("base", "truth")}
+    truth = shown(through(family.parts["vae"], 2 * readers.tensor([world.draw(scene) for scene in scenes]) - 1))
+    jobs = [Job(prompt=make_datasets.layout_caption(scene), seed=1000 + i, steps=STEPS, guidance=GUIDANCE,
+                condition=run / "boxes" / f"{i:02}.png") for i, scene in enumerate(scenes)]
+    with adapters.on(family, branch):
+        drawn = list(generate(family.pipeline(), settle(family, jobs), 32))
+    sampling.sheet(run / "control.png", drawn[:32], [job.prompt[2:24] for job in jobs[:32]])
+    strip(run, "control", drawn)
+    return as_boxed(drawn, scenes) | {"all three right, truth": as_boxed(truth, scenes)["all three right"]}
 
 
 def as_boxed(pictures: list[Image.Image], scenes: list[world.Scene]) -> Shares:

@@ -125,7 +125,7 @@ def build_member(name: str, folder: Path) -> Path:
                                  "caption_projection_dim": 32, "joint_attention_dim": both, "pooled_projection_dim": both,
                                  "sample_size": 8, "pos_embed_max_size": 16,
                                  "dual_attention_layers": (0,) if name == "sd35-medium" else ()}
-    if name == "sdxl":
+    if name.startswith("sdxl"):
         parts["unet"] |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 64,
                           "transformer_layers_per_block": [1, 1, 2]}
     parts["vae"] |= {"block_out_channels": [16, 16, 32, 32][-len(parts["vae"]["block_out_channels"]):], "norm_num_groups": 8,

@@ -80,6 +80,23 @@ def test_memory_of_the_process_is_told_in_mebibytes():
     assert device.memory_mb(CPU) == pytest.approx(psutil.Process().memory_info().rss / 2**20, rel=0.2)
 
 
+@pytest.mark.skipif(not device.glibc(), reason="without glibc nothing is given back")
+def test_pages_that_are_given_back_hold_what_they_held(tmp_path):
+    """Of a file that was only read they are; of one that was written to in memory none is."""
+    from safetensors.torch import load_file, save_file
+
+    numbers = torch.arange(2**24, dtype=torch.float32)
+    for name in ("read", "written"):
+        save_file({"x": numbers}, tmp_path / name)
+    read, written = (load_file(tmp_path / name)["x"] for name in ("read", "written"))
+    sums = read.sum(), written.sum()
+    written[5] = 7
+    before = device.memory_mb(CPU)
+    device.spare_memory()
+    assert before - device.memory_mb(CPU) >= 60
+    assert written[5] == 7 and written.sum() == sums[1] + 2 and torch.equal(read, numbers)
+
+
 def test_deterministic_kernels_are_asked_of_a_gpu_alone(monkeypatch):
     asked = []
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "own")

@@ -46,7 +46,7 @@ def run(args) -> int:
                     continue
                 except checkpoint.DAMAGED as e:
                     raise FinetuneError(f"{path} is damaged ({e}); the train command sets it aside when it goes on") from None
-                method.restore(state.ema or state.parameters)
+                method.restore(state.ema or {name: state.parameters[name] for name in method.parameters()})
                 base = draw(step, base)
         if not goes_on:
             return 0

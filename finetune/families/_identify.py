@@ -93,8 +93,8 @@ def identify(header: Header) -> Known:
             places[component] = "flat_clip", prefix
     said = header.metadata.get("modelspec.prediction_type", "")
     prediction = "v_prediction" if "v_pred" in names or said.startswith("v") else "epsilon" if said.startswith("eps") else None
-    if family == "sd2":
-        name = "sd21" if prediction == "v_prediction" else name
+    if name == "sd21-base" and prediction == "v_prediction":
+        name = "sd21"
     return Known(family, name, places, None if family == "sd3" else prediction, "ztsnr" in names, _notes(header, places))
 
 
@@ -120,9 +120,10 @@ def _unet(shapes: dict[str, tuple[int, ...]]) -> tuple[str, str]:
             raise FinetuneError("it is the refiner of SDXL or an unCLIP, which are not trained here: give the base model")
     else:
         family = "sd2" if len(shapes.get("input_blocks.1.1.proj_in.weight", ())) == 2 else "sd1"
-    known = {"sd1": {4: "sd15", 9: "sd15-inpainting"}, "sd2": {4: "sd21-base"}, "sdxl": {4: "sdxl"}}[family]
+    known = {"sd1": {4: "sd15", 9: "sd15-inpainting"}, "sd2": {4: "sd21-base", 9: "sd2-inpainting"},
+             "sdxl": {4: "sdxl", 9: "sdxl-inpainting"}}[family]
     if channels not in known:
-        raise FinetuneError(f"it is a variant of {family} with {channels} input channels (inpainting, depth, pix2pix, …), and "
+        raise FinetuneError(f"it is a variant of {family} with {channels} input channels (depth, pix2pix, …), and "
                             f"those with {' or '.join(map(str, known))} are trained here")
     return family, known[channels]
 

@@ -95,7 +95,7 @@ def source(path: str) -> SingleFile:
             words = [component.replace("_encoder", "") for component in known.places]
             raise FinetuneError(f"it is no base, but the {', '.join(known.places)} of one: give it beside a base, as "
                                 + ", ".join(f"base.{word} (--{word.replace('_', '-')})" for word in words))
-        if known.family == "sd2" and known.prediction is None:
+        if known.name == "sd21-base" and known.prediction is None:      # no inpainting model predicts v
             known = replace(known, **_measured(path, known))
     except FinetuneError as e:
         raise FinetuneError(str(e) if str(e).startswith(str(path)) else f"base.path: {path}: {e}") from None

@@ -343,7 +343,7 @@ def publish_text_encoder(folder: Path) -> None:
 
 
 def fingerprint(parts: dict[str, nn.Module]) -> str:
-    """SHA-256 over every weight of the base: what it is, wherever it lies. What was read of mapped files is let go on the way."""
+    """SHA-256 over every weight of the base: what it is, wherever it lies. Pages that were read for it are given back."""
     whole, read = hashlib.sha256(), 0
     for part, module in sorted(parts.items()):
         for name, tensor in sorted(module.state_dict().items()):

@@ -40,6 +40,15 @@ class Method(Protocol):
         family is the untouched base."""
 
 
+def groups(method, learning_rate: float) -> list[dict]:
+    """Of a method that trains all at one rate."""
+    return [{"params": list(method.parameters().values()), "lr": method.learning_rate or learning_rate}]
+
+
+def after_step(method) -> None:
+    """Of a method in which nothing has to hold."""
+
+
 @torch.no_grad()
 def restore(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
     """Put a method's `parameters()` back, bit for bit. Raises FinetuneError, with nothing changed, when names or shapes do

@@ -11,8 +11,8 @@ from torch import nn
 from finetune.artifact import Artifact
 from finetune.diffusion import noise
 from finetune.families import _control
+from finetune.methods import base
 from finetune.methods._weights import Weights, stored
-from finetune.methods.base import restore
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Control:
 
     objective: ClassVar = "denoise"
     kind: ClassVar = "control"
+    groups, after_step = base.groups, base.after_step
 
     def install(self, family) -> None:
         unet = family.parts["denoiser"]
@@ -38,12 +39,6 @@ class Control:
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.weights.parameters
 
-    def groups(self, learning_rate: float) -> list[dict]:
-        return [{"params": list(self.parameters().values()), "lr": self.learning_rate or learning_rate}]
-
-    def after_step(self) -> None:
-        pass
-
     def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
         return {"": self.weights.artifact(self.kind, self.family, metadata)}
 
@@ -54,8 +49,7 @@ class Control:
             _control.scale(self.branch, strength)
             yield
         finally:
-            restore(self.parameters(), trained)
+            base.restore(self.parameters(), trained)
 
 
-def build(**fields) -> Control:
-    return Control(**fields)
+build = Control

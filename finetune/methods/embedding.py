@@ -8,6 +8,7 @@ from torch import nn
 
 from finetune import tokens as learned
 from finetune.artifact import Artifact
+from finetune.methods import base
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Embedding:
 
     objective: ClassVar = "denoise"
     kind: ClassVar = "embedding"
+    groups, after_step = base.groups, base.after_step
 
     def install(self, family) -> None:
         self.family, self.trains = family.spec.name, tuple(learned.text_parts(family))
@@ -33,12 +35,6 @@ class Embedding:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {f"embedding.{part}": table.learned for part, table in self.tables.items()}
-
-    def groups(self, learning_rate: float) -> list[dict]:
-        return [{"params": list(self.parameters().values()), "lr": self.learning_rate or learning_rate}]
-
-    def after_step(self) -> None:
-        pass
 
     def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
         """A file for each token, for most tools take the file's name for the token's."""

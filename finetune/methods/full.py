@@ -11,6 +11,7 @@ from finetune.artifact import Artifact, published
 from finetune.errors import FinetuneError
 from finetune.families._altered import unused
 from finetune.lowrank import Cut, differences, error, packed
+from finetune.methods import base
 from finetune.methods._targets import ADAPTED, Part, resolve
 from finetune.methods._weights import Weights
 
@@ -30,6 +31,7 @@ class Full:
 
     objective: ClassVar = "denoise"
     kind: ClassVar = "full"
+    after_step = base.after_step
 
     def install(self, family) -> None:
         self.family = family.spec.name
@@ -64,9 +66,6 @@ class Full:
             own = self.text["learning_rate"] if not name.startswith("denoiser.") else None
             rates.setdefault(own or self.learning_rate or learning_rate, []).append(p)
         return [{"params": params, "lr": rate} for rate, params in rates.items()]
-
-    def after_step(self) -> None:
-        pass
 
     def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
         """The weights, and with `extract_rank` a LoRA beside them that is nearly the same."""

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from finetune.artifact import Artifact
+from finetune.methods import base
 from finetune.methods._weights import Weights
 
 DECODER = ("decoder.", "post_quant_conv.")
@@ -22,6 +23,7 @@ class VaeDecoder:
 
     objective: ClassVar = "decode"
     kind: ClassVar = "vae"
+    groups, after_step = base.groups, base.after_step
 
     def install(self, family) -> None:
         self.family, self.vae = family.spec.name, family.parts["vae"]
@@ -30,12 +32,6 @@ class VaeDecoder:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.weights.parameters
-
-    def groups(self, learning_rate: float) -> list[dict]:
-        return [{"params": list(self.parameters().values()), "lr": self.learning_rate or learning_rate}]
-
-    def after_step(self) -> None:
-        pass
 
     def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
         """The whole VAE, for most tools take no half of one."""
@@ -46,5 +42,4 @@ class VaeDecoder:
         return self.weights.at(strength)
 
 
-def build(**fields) -> VaeDecoder:
-    return VaeDecoder(**fields)
+build = VaeDecoder

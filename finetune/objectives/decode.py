@@ -1,8 +1,9 @@
-"""Draw the picture that the latent was made of: the loss of an autoencoder, without a discriminator.
+"""Draw the picture that the latent was made of: the loss of an autoencoder.
 
     loss = share · sum over the batch of  weight_i · (pixels + ssim (1 − SSIM) + gradient ∇ + lpips LPIPS + regularizer)
 
-The regularizer, KL or commitment, counts where the encoder is trained too; else the latent is a constant.
+The regularizer, KL or commitment, counts where the encoder is trained too; else the latent is a constant. An adversary adds
+its own to each example, see _adversary.py, but not to what is told of it, which is compared over a run.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from finetune.batch import Batch, Losses
 from finetune.diffusion import noise
+from finetune.objectives import _adversary as adversary
 from finetune.objectives import _similarity as similarity
+from finetune.objectives._adversary import Adversary
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Decode:
     sample: bool
     kl: float
     commitment: float
+    adversary: Adversary | None
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {"discriminator": self.adversary.network} if self.adversary else {}
 
     def __call__(self, family, batch: Batch, seed: int) -> Losses:
         vae, x = family.parts["vae"], batch.pixels
@@ -41,7 +49,10 @@ class Decode:
                 x.shape[3] // batch.mask.shape[3], 3)
             drawn, covered = torch.lerp(x, drawn, mask), mask.mean(dim=(1, 2, 3))
         per_example = self.distance(drawn, x) / covered + regularizer
-        return Losses((batch.weight * per_example).sum() * batch.share, per_example.detach(),
+        cost = per_example
+        if self.adversary and torch.is_grad_enabled():
+            cost = cost + self.adversary(drawn, x, per_example, batch.positions[0])
+        return Losses((batch.weight * cost).sum() * batch.share, per_example.detach(),
                       torch.zeros(len(x), device=x.device))
 
     def encoded(self, vae, x: Tensor, seed: int, positions: list[int]) -> tuple[Tensor, Tensor]:
@@ -71,6 +82,7 @@ class Decode:
 
 
 def build(pixels: str, ssim: float, gradient: float, lpips: float, sample: bool, kl: float, commitment: float,
-          step_size: int) -> Decode:
-    """The fields of the recipe; the number of examples of a step matters to no term."""
-    return Decode(pixels, ssim, gradient, (lpips, similarity.lpips()) if lpips else None, sample, kl, commitment)
+          step_size: int, adversarial: dict | None = None) -> Decode:
+    """The fields of the recipe, without those that are null; `step_size` is the number of examples of a step."""
+    judge = adversarial and Adversary(adversarial["weight"], adversarial["start"] * step_size, adversary.network())
+    return Decode(pixels, ssim, gradient, (lpips, similarity.lpips()) if lpips else None, sample, kl, commitment, judge)

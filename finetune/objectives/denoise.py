@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Denoise:
     weight: Weighting = weights.uniform
     epsilon: Epsilon = Epsilon()
     loss: Loss = losses.l2
+
+    networks: ClassVar = {}
 
     def __call__(self, family, batch: Batch, seed: int) -> Losses:
         device, positions, path = batch.weight.device, batch.positions, self.path or family.path

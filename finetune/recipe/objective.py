@@ -126,12 +126,21 @@ class Loss(Kind):
     """Of huber: constant, or snr, where c rises to 1 on clean pictures. constant if left out."""
 
 
+class Adversarial(Fields):
+    """A discriminator that learns to tell drawings from pictures, and from which the decoder learns to be taken for one."""
+
+    weight: Rate = 0.5
+    """How much the decoder is moved by it, beside what all other terms move it."""
+    start: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the discriminator learns alone, and the decoder from the other terms."""
+
+
 class Objective(Kind):
     """The loss."""
 
     own = {"denoise": {"path": None, "timesteps": Timesteps(), "weighting": Weighting(), "noise": Noise(), "loss": Loss()},
            "decode": {"pixels": "l1", "ssim": 0.0, "gradient": 0.0, "lpips": 0.0, "sample": True, "kl": 1e-6,
-                      "commitment": 1.0}}
+                      "commitment": 1.0, "adversarial": None}}
 
     kind: Annotated[str, registered("objectives")] = "denoise"
     """denoise teaches the denoiser to find the noise; decode, of the method vae_decoder, the decoder to draw the picture."""
@@ -160,6 +169,9 @@ class Objective(Kind):
     """Of decode with a trained encoder: weight of the KL term, as LDM counts it, 1e-6 if left out."""
     commitment: Part | None = None
     """Of decode with a trained encoder and a codebook (VQ): weight of the distance to it, 1 if left out."""
+
+    adversarial: Adversarial | None = None
+    """Of decode: a discriminator teaches what errors of pixels do not, sharpness, such as `{start: 500}`."""
 
     @field_validator("timesteps")
     @classmethod

@@ -195,7 +195,7 @@ class Recipe(Fields):
     @classmethod
     def _something_that_follows(cls, preview: Preview, info: ValidationInfo) -> Preview:
         if preview.conditions and "method" in info.data and not ("control" in _kinds(info.data) and preview.prompts):
-            raise ValueError("conditions: are for the method control, and go with preview.prompts; leave them out")
+            raise ValueError("conditions are for the method control, and go with prompts; leave them out")
         return preview
 
     @field_validator("every")

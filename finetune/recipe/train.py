@@ -87,8 +87,8 @@ class Train(Fields):
     compile: bool = False
     """Compile the denoiser's blocks with torch.compile: minutes at the start, for each bucket anew, and other rounding."""
     lean: bool | None = None
-    """Frozen layers keep nothing for gradients of their own, a tenth to a quarter less activations; on a CPU they are also
-    faster, and round otherwise. null is true on a CPU; on a GPU it costs Python in every step. Not together with compile."""
+    """Frozen layers keep nothing for gradients of their own: up to a quarter less activations. On a CPU they are also faster,
+    and round otherwise. null is true on a CPU; on a GPU it is some Python in every step. Not together with compile."""
     deterministic: bool = False
     """On a GPU use deterministic kernels alone, so that the same run gives the same bytes there too; slower, by how much is
     not measured. On a CPU it changes nothing: there it is always so."""

@@ -35,7 +35,8 @@ def note(run: Run, done: int, line: Mapping[str, object]) -> None:
     """Append what was measured to metrics.jsonl, and keep the parameters if they are the best so far."""
     write(run, {"step": done} | line)
     if run.recipe.train.keep_best and criterion(run.recipe)[0] in line and best(run) == done:
-        write_safetensors(run.folder.best, {name: p.detach().cpu() for name, p in run.parameters.items()}, {"step": str(done)})
+        found = {name: p.detach().cpu() for name, p in run.method.parameters().items()}
+        write_safetensors(run.folder.best, found, {"step": str(done)})
 
 
 def over(run: Run) -> bool:

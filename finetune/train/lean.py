@@ -1,8 +1,9 @@
 """Frozen layers in a training step, without what only their own gradients would need: `train.lean`.
 
-torch keeps the input of a convolution for the gradient of a weight that is not trained (Bhatia & Dangel 2024), and of a GEGLU the
-GELU, which is quickly made again. Leaving these out changes no bit. On a CPU, moreover, a convolution over few pixels spends its
-time on reordering the weight, and MKL's float32 products are slow on an AMD: each becomes one product by oneDNN, of other rounding.
+torch keeps the input of a convolution for the gradient of a weight that is not trained (Bhatia & Dangel 2024), and of a
+GEGLU the GELU, which is quickly made again. Leaving these out changes no bit. On a CPU, moreover, a convolution over few
+pixels spends its time on reordering the weight, and MKL's float32 products are slow on an AMD: each becomes one product by
+oneDNN, of other rounding.
 
 Shapes: B batch · C D channels in and out · H W pixels · K pixels under the kernel · L pixels out.
 """
@@ -30,8 +31,8 @@ def wanted(train: Train, device: torch.device) -> bool:
 
 @contextmanager
 def lean() -> Iterator[None]:
-    """Inside, forward and backward of frozen layers are ours: the functions that torch's layers call are replaced, so that no
-    layer is another than outside, where pictures are made and proofs given."""
+    """Inside, frozen layers that a gradient goes through are ours. It is the functions which layers call that are replaced,
+    and no layer: outside, pictures are made and proofs given by what torch has."""
     F.linear, F.conv2d, GEGLU.forward = linear, conv2d, gated
     try:
         yield
@@ -39,8 +40,10 @@ def lean() -> Iterator[None]:
         F.linear, F.conv2d, GEGLU.forward = LINEAR, CONV2D, GATED
 
 
-def frozen(weight: Tensor, bias: Tensor | None) -> bool:
-    return not (weight.requires_grad or bias is not None and bias.requires_grad)
+def passed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a gradient goes through a layer and none into it. So frozen encoders give in a step what they gave before it."""
+    own = weight.requires_grad or bias is not None and bias.requires_grad
+    return torch.is_grad_enabled() and x.requires_grad and not own
 
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -50,13 +53,13 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Of bfloat16 torch's own is oneDNN's."""
-    ours = frozen(weight, bias) and x.dtype == torch.float32 and by_onednn(x, weight)
+    ours = passed(x, weight, bias) and x.dtype == torch.float32 and by_onednn(x, weight)
     return Product.apply(x, weight, bias) if ours else LINEAR(x, weight, bias)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     """As a layer calls it, with pairs; any other call is torch's."""
-    if not (frozen(weight, bias) and x.ndim == 4 and isinstance(stride, tuple) and isinstance(padding, tuple)
+    if not (passed(x, weight, bias) and x.ndim == 4 and isinstance(stride, tuple) and isinstance(padding, tuple)
             and x[:, 0].numel() * weight.numel() >= WORTH):
         return CONV2D(x, weight, bias, stride, padding, dilation, groups)
     pixels = x[:, 0].numel() // (stride[0] * stride[1])

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from finetune.batch import Batch
 from finetune.errors import FinetuneError
+from finetune.methods.base import restore
 from finetune.optim.optimizer import load_state, state_tensors
 from finetune.optim.schedule import factor
 from finetune.train import checkpoint, preview, trackers
@@ -145,7 +146,7 @@ def resume(run: Run) -> tuple[int, Window]:
         if main:
             rewind(run.folder, 0, 0, run.say)
         return 0, Window(run)
-    run.method.restore(state.parameters)
+    restore(run.parameters, state.parameters)
     load_state(run.optimizer.optimizer, state.optimizer, state.plain["state"])
     if run.accelerator.scaler:
         run.accelerator.scaler.load_state_dict(state.plain["scaler"])

@@ -9,7 +9,7 @@ Shapes: B batch · L tokens · D text width · C latent channels · H W pixels �
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -136,19 +136,28 @@ def needs(recipe: Recipe) -> Need:
                     quantize(family.parts[name], recipe.base.quantize)
             weights = {name: size(part) for name, part in family.parts.items()}
             method = install(recipe, family)
+            objective = decoding(recipe) if method.objective == "decode" else None
         if "control" in family.parts:
             weights["control"] = size(family.parts["control"])
+        networks = objective.networks if objective else {}
+        weights |= {name: size(network) for name, network in networks.items()}
         denoiser, vae = family.parts["denoiser"], family.parts["vae"]
-        parameters = method.parameters().values()
+        own = [*method.parameters().values()]
+        parameters = own + [p for network in networks.values() for p in network.parameters()]
         count = sum(p.numel() for p in parameters)
         gradients = sum(p.nbytes for p in parameters)
         state = int(count * (STATE[recipe.train.optimizer] + 4 * bool(recipe.train.ema)))
         adapters = gradients if any(words.kind in ("lora", "embedding") for words in recipe.method) else 0
-        copy = gradients - adapters     # of a model's own weights, to go back to: on a GPU's machine it is in the RAM
+        copy = 0 if adapters else sum(p.nbytes for p in own)        # to go back to: on a GPU's machine it is in the RAM
 
         def drawn(count: int, latents: bool = False) -> Tensor:
             shape = (count, vae.config.latent_channels, h, w) if latents else (count, 3, H, W)
             return torch.empty(shape, dtype=vae.dtype, device=vae.device)
+
+        def loss() -> Tensor:
+            if objective is None:
+                return denoise(family, B, h, w, any(part.startswith("text") for part in method.trains)).square().mean()
+            return objective(family, Batch(list(range(B)), [""] * B, empty(B), 1.0, empty(B, 6), empty(B, 3, H, W)), 0).loss
 
         denoises, B = method.objective == "denoise", recipe.train.batch_size
         everything = sum(weights.values()) + adapters
@@ -164,8 +173,8 @@ def needs(recipe: Recipe) -> Need:
             family.parts[part].train()
         light = lean() if wanted(recipe.train, device.best()) else nullcontext()    # as on this machine
         with counter() as flops, light:
-            step = live.over(lambda: one_step(recipe, family, method, B, h, w))
-        held = sum(weights[part] for part in kept(recipe, method, weights)) + adapters + state
+            step = live.over(lambda: one_step(recipe, parameters, loss))
+        held = sum(weights[part] for part in kept(recipe, method, weights) | networks.keys()) + adapters + state
         phases["training"] = held + copy + step
         stepping = [p.nbytes + 8 * p.numel() * (p.dtype == torch.bfloat16) for p in parameters]     # bfloat16 steps in float32
         phases["optimizer step"] = held + copy + (max if recipe.train.gradient_release else sum)(stepping)
@@ -225,19 +234,16 @@ def kept(recipe: Recipe, method: Together, weights: dict[str, int]) -> set[str]:
     return found
 
 
-def one_step(recipe: Recipe, family, method: Together, B: int, h: int, w: int) -> None:
+def decoding(recipe: Recipe):
+    """The objective, but for what has to be fetched or drawn from numbers."""
+    words = recipe.objective.model_dump(exclude={"kind"}, exclude_none=True) | {"lpips": 0.0, "sample": False}
+    return registry.find("objectives", recipe.objective.kind).build(**words, step_size=recipe.train.batch_size)
+
+
+def one_step(recipe: Recipe, parameters: list[torch.nn.Parameter], loss: Callable[[], Tensor]) -> None:
     """Forward and backward of a batch."""
-    if method.objective == "denoise":
-        said = any(part.startswith("text") for part in method.trains)
-        loss = denoise(family, B, h, w, said).square().mean()
-    else:
-        objective = registry.find("objectives", recipe.objective.kind).build(
-            **recipe.objective.model_dump(exclude={"kind"}, exclude_none=True) | {"lpips": 0.0, "sample": False}, step_size=B)
-        pixels = empty(B, 3, h * family.stride, w * family.stride)
-        loss = objective(family, Batch(list(range(B)), [""] * B, empty(B), 1.0, empty(B, 6), pixels), 0).loss
-    parameters = method.parameters().values()
     with released(parameters, lambda norm: None) if recipe.train.gradient_release else nullcontext():
-        loss.backward()
+        loss().backward()
     for p in parameters:
         p.grad = None
 

@@ -52,7 +52,7 @@ class Run:
     objective: Callable                 # see objectives/base.py
     loader: Loader
     validation: Stream | None           # the pictures that are held out
-    parameters: dict[str, torch.nn.Parameter]   # what is trained, under the artifact's names
+    parameters: dict[str, torch.nn.Parameter]   # what is trained, under the artifact's names, and the objective's own
     model: torch.nn.Module              # the wrapped TrainStep
     optimizer: torch.optim.Optimizer
     ema: Ema | None
@@ -103,7 +103,13 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
         raise FinetuneError(f"train.gradient_release: each of the {accelerator.num_processes} processes would step by its own "
                             "gradient; leave it out, or start one process")
     make = partial(OPTIMIZERS[train.optimizer], betas=train.betas, weight_decay=train.weight_decay)
+    objective = registry.find("objectives", recipe.objective.kind).build(
+        **recipe.objective.model_dump(exclude={"kind"}, exclude_none=True), step_size=base.streams[0].order.size)
+    own = {f"objective.{name}": p for name, p in torch.nn.ModuleDict(objective.networks).named_parameters()}
     groups = method.groups(train.learning_rate, train.max_steps)
+    if own:
+        groups.append({"params": [*own.values()], "lr": train.learning_rate, "peak_lr": train.learning_rate,
+                       "until": train.max_steps})
     optimizer = rounded(make, groups, lambda step: derive(train.seed, step, "rounding"))
     if method.objective == "denoise":       # to decode, pictures are wanted themselves
         base = ground.encoded(base, method.trains, train.max_steps, accelerator, Cache(cache.home(), say))
@@ -118,8 +124,6 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
             family.parts[part].enable_gradient_checkpointing()
     if train.compile:
         compile_blocks(family.parts["denoiser"], accelerator.device, cache.home().parent / "compiled")
-    objective = registry.find("objectives", recipe.objective.kind).build(
-        **recipe.objective.model_dump(exclude={"kind"}, exclude_none=True), step_size=base.streams[0].order.size)
     parameters = method.parameters()
     ema = Ema(parameters, train.ema.decay) if train.ema else None
     model, optimizer = accelerator.prepare(TrainStep(family, method, objective, train.seed), optimizer)
@@ -134,11 +138,13 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
         say(line)
     kinds = " + ".join(getattr(words, "variant", words.kind) for words in recipe.method)
     say(f"trains    {kinds}: {trained:,} parameters in {len(parameters)} tensors")
+    for name, network in objective.networks.items():
+        say(f"beside    a {name} of {sum(p.numel() for p in network.parameters()):,} parameters, which is not exported")
     if any(getattr(words, "encoder", False) for words in recipe.method):
         say("note: the encoder is trained too, so latents change: a denoiser that was trained on the old ones will not fit")
     judge = Judge(recipe, base.streams[0].index) if recipe.preview.metrics and accelerator.is_main_process else None
-    return Run(recipe, folder, accelerator, family, method, objective, loader, base.validation, parameters, model, optimizer,
-               ema, identity, say, judge)
+    return Run(recipe, folder, accelerator, family, method, objective, loader, base.validation, parameters | own, model,
+               optimizer, ema, identity, say, judge)
 
 
 def install(recipe: Recipe, base: ground.Ground) -> Together:

@@ -10,7 +10,7 @@ class TrainStep(nn.Module):
 
     def __init__(self, family, method, objective, seed: int):
         super().__init__()
-        self.trained = nn.ModuleDict({part: family.parts[part] for part in method.trains})
+        self.trained = nn.ModuleDict({part: family.parts[part] for part in method.trains} | objective.networks)
         self._call = lambda batch: objective(family, batch, seed)      # a closure, so that nothing frozen is registered
 
     def forward(self, batch: Batch) -> Tensor:

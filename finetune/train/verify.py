@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from finetune import registry, tokens
 from finetune.artifact import WHOLE, Artifact, modules, read_header, weights_of
 from finetune.change import core
+from finetune.device import spare_memory
 from finetune.diffusion import noise
 from finetune.families import _control
 from finetune.families import base as families
@@ -260,6 +261,7 @@ def probe(family) -> Tensor:
     geometry = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * 2, device=x.device, dtype=x.dtype)
     with resting(family.parts):
         told = family.encode_text(["a picture", "a red circle"])
+        spare_memory()      # the text encoders are done
         if "control" in family.parts:
             seen = noise.normal((3, pixels, pixels), 0, [0, 1], "verify condition").to(x).sigmoid()
             told = replace(told, control=seen)

@@ -64,7 +64,7 @@ def test_every_method_can_be_planned(recipe, method):
     from finetune.recipe import load
     from finetune.train.plan import needs
 
-    plain = ["objective={}"] if "vae" in method else []
+    plain = ["objective={adversarial: {}}"] if "vae" in method else []
     need = needs(load(recipe, [f"method={method}", *plain]).recipe)
     assert need.trained and need.phases["training"] > need.weights["vae" if "vae" in method else "denoiser"]
 

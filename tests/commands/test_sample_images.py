@@ -156,7 +156,8 @@ def test_pictures_are_not_replaced_unasked(tmp_path, capsys):
 @pytest.mark.parametrize("name, verbs", [("sd21", ("text", "image", "inpaint")), ("sdxl", ("text", "image", "inpaint")),
                                          ("sd3-medium", ("text", "image", "inpaint")),
                                          ("sd35-medium", ("text", "image", "inpaint")),
-                                         ("sd15-inpainting", ("inpaint",)), ("x4-upscaler", ("upscale",))])
+                                         ("sd15-inpainting", ("inpaint",)), ("sd2-inpainting", ("inpaint",)),
+                                         ("sdxl-inpainting", ("inpaint",)), ("x4-upscaler", ("upscale",))])
 def test_every_family_paints_what_the_plain_pipeline_paints(name, verbs, member, files, tmp_path):
     base, family = str(member(name)), kind_of(locate(str(member(name))))
     start = {"sdxl": "StableDiffusionXL", "sd3": "StableDiffusion3"}.get(family, "StableDiffusion")

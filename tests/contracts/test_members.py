@@ -143,7 +143,8 @@ def test_sd3_from_a_single_file_and_its_patches(member, write, train, tmp_path, 
 
 
 def test_a_vae_decoder(write, train, tmp_path):
-    assert train(write("{kind: vae_decoder}", more="export: [kohya, diffusers]"), tmp_path / "run") == 0
+    more = "objective: {adversarial: {start: 1}}\nexport: [kohya, diffusers]"
+    assert train(write("{kind: vae_decoder}", more=more), tmp_path / "run") == 0
     assert len(passed(tmp_path / "run")) == 2
 
 

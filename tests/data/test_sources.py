@@ -156,10 +156,10 @@ def test_what_is_removed_while_it_is_listed_is_not_there(tmp_path, monkeypatch):
 
     def removing(files, entries):
         (tmp_path / "1.png").unlink()
-        return add_all(files, entries)
+        return add(files, entries)
 
-    add_all = Files.add_all
-    monkeypatch.setattr(Files, "add_all", removing)
+    add = Files.add
+    monkeypatch.setattr(Files, "add", removing)
     found = index(tmp_path)
     assert list(columns(found)) == ["0.png", "2.png"] and not found.notes
 

@@ -89,6 +89,64 @@ def test_what_the_mask_leaves_out_costs_nothing():
     assert torch.allclose(half, error, rtol=1e-5)
 
 
+def judged(start: int = 0):
+    """A family of which a whole VAE is trained, and an objective with an adversary."""
+    found, method = family("kl", True)
+    return found, method, decode.build(**WORDS | {"adversarial": {"weight": 0.5, "start": start}})
+
+
+def gradients(module) -> list[torch.Tensor]:
+    found = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad()
+    return found
+
+
+def test_an_adversary_s_gradient_of_a_batch_is_that_of_its_halves():
+    found, _, objective = judged()
+    both = torch.nn.ModuleList([found.parts["vae"], objective.networks["discriminator"]])
+    objective(found, batch(0, 4), 3).loss.backward()
+    whole = gradients(both)
+    for first in (0, 2):
+        (objective(found, batch(first, 2), 3).loss / 2).backward()
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(gradients(both), whole))
+
+
+def test_an_adversary_pulls_at_a_drawing_with_its_share_of_the_other_terms_and_learns_from_neither():
+    _, _, objective = judged(start=3)
+    network, x = objective.networks["discriminator"], batch(0, 4).pixels
+    hinges = []
+    for position in (0, 6):     # before the start, which is 3 steps of 2 examples, and from it on
+        drawn = (0.9 * x).requires_grad_()
+        cost = (drawn - x).abs().mean(dim=(1, 2, 3))
+        objective.adversary(drawn, x, cost, position).sum().backward()
+        own, = torch.autograd.grad(cost.sum(), drawn)
+        pulled = torch.zeros(4) if drawn.grad is None else drawn.grad.flatten(1).norm(dim=1)
+        assert torch.allclose(pulled, own.flatten(1).norm(dim=1) * (0.5 if position else 0.0), rtol=1e-4)
+        hinges.append(gradients(network))
+    assert all(torch.equal(a, b) for a, b in zip(*hinges)) and sum(g.norm() for g in hinges[0]) > 0
+
+
+def test_a_discriminator_learns_to_tell_and_a_decoder_that_listens_draws_otherwise():
+    drawings = []
+    for start in (0, 100):
+        found, method, objective = judged(start)
+        groups = [*method.groups(1e-3), {"params": objective.networks["discriminator"].parameters(), "lr": 1e-3}]
+        optimizer = torch.optim.AdamW(groups)
+        hinges = []
+        for _ in range(8):
+            result = objective(found, batch(), 0)
+            result.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            hinges.append((result.loss - result.per_example.mean()).item())
+        drawings.append(found.parts["vae"](batch().pixels).sample)
+    assert hinges[-1] < 0.7 * hinges[0]     # of the last, where it learns alone
+    assert not torch.allclose(*drawings, atol=1e-3)
+    with torch.no_grad():       # held-out pictures are measured by the other terms
+        result = objective(found, batch(), 0)
+    assert torch.equal(result.loss, result.per_example.mean())
+
+
 def test_ssim_is_one_of_equal_pictures_and_less_of_others():
     x = batch(0, 4).pixels
     assert torch.allclose(similarity.ssim(x, x), torch.ones(4))

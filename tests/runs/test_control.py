@@ -153,7 +153,7 @@ def test_every_unet_is_given_what_the_pipeline_gives_it(name, family, member):
     ("export=[kohya]", "kohya cannot hold adapters of the kind control"),
     ("data.caption.long=chunk", "and a control branch's, cannot leave out"),
     ("every.preview=1,preview.prompts=[x]", "has nothing to follow"),
-    ("preview.conditions=[x.png]", "and go with preview.prompts"),
+    ("preview.conditions=[x.png]", "and go with prompts"),
     ("preview={prompts: [x], conditions: [x.png]}", "x.png: cannot be read: No such file")])
 def test_what_cannot_be_is_refused(change, told, recipe, train, tmp_path, words, capsys):
     assert train(recipe, tmp_path / "run", *words, *(word for one in change.split(",p") for word in (

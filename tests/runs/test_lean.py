@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from torch import nn
 
+from finetune.errors import FinetuneError
 from finetune.train import lean
 
 
@@ -56,13 +57,28 @@ def test_a_product_by_onednn_is_the_same_but_for_rounding(layer, shape):
     assert ours == 0 and not (torch.equal(y, our_y) and torch.equal(dx, our_dx))      # else it was not ours
 
 
-def test_what_is_trained_is_left_to_torch():
+def test_what_is_trained_is_left_to_torch_and_so_is_what_passes_no_gradient():
     linear, conv = nn.Linear(640, 640), nn.Conv2d(256, 256, 3, padding=1)
+    frozen, x = nn.Linear(640, 640).requires_grad_(False), torch.randn(4, 640)
+    plain = frozen(x)
     with lean.lean():
+        assert torch.equal(frozen(x), plain)
+        with torch.no_grad():
+            assert torch.equal(frozen(x.clone().requires_grad_()), plain)
         linear(torch.randn(4, 640)).sum().backward()
         conv(torch.randn(1, 256, 4, 4)).sum().backward()
     assert linear.weight.grad.any() and conv.weight.grad.any() and conv.bias.grad.any()
     assert F.linear is lean.LINEAR and F.conv2d is lean.CONV2D and GEGLU.forward is lean.GATED
+
+
+def test_the_plan_knows_what_is_not_kept(recipe):
+    from finetune.recipe import load
+    from finetune.train.plan import needs
+
+    less, more = (needs(load(recipe, [f"train.lean={word}"]).recipe).phases["training"] for word in ("true", "false"))
+    assert less < more == needs(load(recipe, ["train.compile=true"]).recipe).phases["training"]
+    with pytest.raises(FinetuneError, match="train.lean: what is compiled decides by itself"):
+        load(recipe, ["train.compile=true", "train.lean=true"])
 
 
 @pytest.mark.gpu

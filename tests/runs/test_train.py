@@ -164,15 +164,16 @@ def test_a_start_that_was_killed_before_it_was_a_run_can_be_repeated(recipe, tra
 
 
 def test_encoders_are_let_go_for_the_steps(recipe, tmp_path, train, monkeypatch):
-    """Held all the time, they change no bit; and the proof loads what it needs again."""
-    from finetune.train import ground, loop
+    """Held all the time, they change no bit; and the proof loads what it needs again. Nor does what frozen layers keep."""
+    from finetune.train import ground, lean, loop
 
+    monkeypatch.setattr(lean, "WORTH", 0)
     real, held = loop.one_step, []
     monkeypatch.setattr(loop, "one_step", lambda run, *rest: (held.append(set(run.family.parts)), real(run, *rest))[1])
     assert train(recipe, tmp_path / "lean") == 0
     assert set.union(*held) == {"denoiser"}
     monkeypatch.setattr(ground, "let_go", lambda *_: None)
-    assert train(recipe, tmp_path / "whole") == 0
+    assert train(recipe, tmp_path / "whole", "--set", "train.lean=false") == 0
     assert held[-1] == {"denoiser", "text", "vae"}
-    lean, whole = adapter(tmp_path / "lean"), adapter(tmp_path / "whole")
-    assert lean.keys() == whole.keys() and all(torch.equal(t, whole[name]) for name, t in lean.items())
+    less, whole = adapter(tmp_path / "lean"), adapter(tmp_path / "whole")
+    assert less.keys() == whole.keys() and all(torch.equal(t, whole[name]) for name, t in less.items())
