@@ -26,6 +26,7 @@ from finetune.recipe.resolved import leaves
 from finetune.runfolder import RunFolder
 from finetune.train import ground
 from finetune.train.curves import chart
+from finetune.train.export import public
 from finetune.train.lint import lint
 from finetune.train.norms import measure
 
@@ -137,11 +138,11 @@ class Told:
 
     @property
     def given(self) -> str:
-        return (self.folder / "recipe.yaml").read_text(encoding="utf-8")
+        return public((self.folder / "recipe.yaml").read_text(encoding="utf-8"))      # a page travels
 
     @property
     def resolved(self) -> str:
-        return dump(self.recipe)
+        return public(dump(self.recipe))
 
 
 def told(folder: Path) -> Told:
