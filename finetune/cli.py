@@ -4,6 +4,8 @@ Nothing heavy is imported before a command runs, so that `finetune --help` answe
 """
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -18,14 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     argparse itself exits, with 0 after --help and 2 for arguments it does not know. Any other exception is
     our mistake: it passes through, and Python prints the traceback and exits with 1."""
+    atexit.register(gc.freeze)      # else Python looks through all that torch and diffusers are once more: two seconds
+    # A service may be started without them, a terminal may know no Unicode, and a file's name may be none.
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w", errors="replace") for stream in (sys.stdout, sys.stderr))
+    if sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _run(sys.argv[1:] if arguments is None else list(arguments))
         sys.stdout.flush()
         return code
-    except FinetuneError as error:
-        process = os.environ.get("RANK", "0")
-        print(f"finetune: error{'' if process == '0' else f' in process {process}'}\n{error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("finetune: interrupted", file=sys.stderr)
         return 130
@@ -33,6 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has seen enough. Python would flush stdout at exit and complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (MemoryError, RuntimeError) as error:        # torch's own is one, and torch is not imported here
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+            raise
+        print(f"finetune: error\nthere is not enough memory: {str(error).partition('. ')[0] or 'for so much at once'}\n"
+              "    fewer pictures at a time, smaller ones, or numbers of 16 bits need less", file=sys.stderr)
+        return 2
+    except (FinetuneError, OSError) as error:       # and what the system refuses: a full disk, a name that is too long
+        process, place = os.environ.get("RANK", "0"), getattr(error, "filename", None)
+        told = f"{os.fsdecode(place)}: {error.strerror}" if isinstance(place, (str, bytes)) else error
+        print(f"finetune: error{'' if process == '0' else f' in process {process}'}\n{told}", file=sys.stderr)
+        return 2
 
 
 def _run(arguments: list[str]) -> int:

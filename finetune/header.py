@@ -59,6 +59,8 @@ def read_header(path: str | Path) -> Header:
             "    scripts/convert_original_stable_diffusion_to_diffusers.py --to_safetensors"
         )
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):     # to open a pipe would wait for its writer
+            raise OSError("it is no file")
         with open(path, "rb") as file:
             return _read(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
@@ -194,7 +196,9 @@ class _Scan:
         if self.data[end:end + 1] != b'"':
             raise ValueError(f"a text without an end at byte {begin} of its header")
         self.at = end + 1
-        return json.loads(self.data[begin:self.at].decode())
+        found = json.loads(self.data[begin:self.at].decode())
+        found.encode()      # half of a surrogate pair, which JSON can spell, is no text
+        return found
 
 
 def _scalar(file, position: int, dtype: str) -> float:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from finetune.disk import write_json, writing
@@ -68,7 +69,7 @@ class RunFolder:
         try:
             found = json.loads(self.identity.read_text(encoding="utf-8"))
             return {"exact": dict(found["exact"]), "rounding": dict(found["rounding"])}
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise FinetuneError(f"{self.identity} is damaged ({e}), so what the run is cannot be told; --fresh moves the "
                                 "folder aside and starts anew") from None
 
@@ -85,8 +86,8 @@ class RunFolder:
         """The lines of metrics.jsonl, without the last if it is being written. Raises FinetuneError for a damaged one."""
         lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
         try:
-            return [json.loads(line) for line in lines if line.endswith(b"\n")]
-        except ValueError as e:
+            return [{**json.loads(line)} for line in lines if line.endswith(b"\n")]
+        except (ValueError, TypeError, RecursionError) as e:
             raise FinetuneError(f"{self.metrics} is damaged: {e}; training on mends it") from None
 
     def lock(self, words: Sequence[str] = ()) -> None:
@@ -115,18 +116,24 @@ class RunFolder:
             lock.acquire(blocking=False)
             lock.release()
             return None
-        except Timeout:
-            return self.last_owner() or None
+        except OSError as e:        # it is held, as Timeout says; or cannot be asked, on a read-only disk or as another user
+            owner = self.last_owner()
+            if owner.get("host") != socket.gethostname():
+                return owner or None if isinstance(e, Timeout) else None
+            return owner if psutil.pid_exists(owner["pid"]) else None       # who looks as we do holds it for a moment too
 
     def last_owner(self) -> dict:
         """Who held the folder last: pid, host, started, words, working_folder. Empty when nobody did."""
-        owner = self._beside("owner")
-        return json.loads(owner.read_text(encoding="utf-8")) if owner.exists() else {}
+        try:
+            owner = json.loads(self._beside("owner").read_text(encoding="utf-8"))
+            return owner | {"pid": int(owner["pid"]), "host": str(owner["host"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
     def _beside(self, kind: str) -> Path:
         """Beside the folder, not in it: the folder may be moved aside. One place whatever link it is reached by."""
         place = self.root.resolve()
-        return place.with_name(f".{place.name}.{kind}")
+        return place.parent / f".{place.name}.{kind}"
 
     def set_aside(self) -> Path:
         """Move the whole folder to the first free NAME.old-N."""

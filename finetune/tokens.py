@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from finetune.errors import FinetuneError, refuse
 
 NAME = re.compile(r"(?!_)[^\W\s][\w-]{0,99}")
-RULE = "a token is made of small letters, digits, - and _, and is the name of its file"
+MOST_BYTES = 200        # a file system takes 255, with what is put around the name
+RULE = "a token is made of small letters, digits, - and _, of up to 100 (200 bytes), and is the name of its file"
 Rows = Mapping[str, Mapping[str, Tensor]]       # token -> part -> (vectors, width)
 
 
@@ -73,7 +74,8 @@ def initial(tokenizer, table: nn.Embedding, words: str, vectors: int) -> Tensor:
 def check(tokenizer, vectors: Mapping[str, int], field: str) -> None:
     """Raise FinetuneError, about this field of the recipe, for names that the tokenizer or diffusers would mistake."""
     known = tokenizer.get_vocab()
-    problems = [f"{name!r}: {RULE}" for name in vectors if not (NAME.fullmatch(name) and name == name.lower())]
+    problems = [f"{name!r}: {RULE}" for name in vectors
+                if not (NAME.fullmatch(name) and name == name.lower() and len(name.encode()) <= MOST_BYTES)]
     problems += [f"{name!r} is in the tokenizer's own vocabulary, so diffusers refuses it; add something, as in {name}-1"
                  for name in vectors if name in known]
     problems += [f"{long!r} holds {short!r}, and diffusers would take one for the other; rename one of them"

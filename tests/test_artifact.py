@@ -162,6 +162,12 @@ def test_a_missing_file_and_a_folder_are_told(tmp_path):
             read_header(path)
 
 
+def test_a_pipe_is_told_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(FinetuneError, match="x.safetensors: cannot be read: it is no file"):
+        read_header(tmp_path / "x.safetensors")
+
+
 def test_a_peek_does_not_import_torch(tmp_path):
     write_safetensors(tmp_path / "a", {"x": torch.zeros(2)}, {})
     code = "import sys; from finetune import artifact; artifact.read_header(sys.argv[1])"

@@ -78,14 +78,27 @@ def test_arguments_that_do_not_exist(arguments):
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("error, code", [(FinetuneError("no"), 2), (KeyboardInterrupt(), 130)])
-def test_how_a_command_ends(monkeypatch, capsys, error, code):
+@pytest.mark.parametrize("error, code, said", [
+    (MemoryError(), 2, "error\nthere is not enough memory: for so much at once\n    fewer pictures at a time, smaller ones, or numbers "
+                       "of 16 bits need less"),
+    (FinetuneError("no"), 2, "error\nno"), (KeyboardInterrupt(), 130, "interrupted"),
+    (OSError(36, "File name too long", b"x"), 2, "error\nx: File name too long"),
+    (OSError(28, "No space left on device"), 2, "error\n[Errno 28] No space left on device")])
+def test_how_a_command_ends(monkeypatch, capsys, error, code, said):
     def run(arguments):
         raise error
 
     monkeypatch.setattr(registry.find("commands", "recipes"), "run", run)
     assert cli.main(["recipes"]) == code
-    assert capsys.readouterr().err.startswith("finetune: ")
+    assert capsys.readouterr().err == f"finetune: {said}\n"
+
+
+@pytest.mark.parametrize("without", [">&-", "2>&-", "> /dev/full", "| cat"])
+def test_output_that_cannot_be_said(without):
+    command = f"{sys.executable} -m finetune recipes {without}"
+    said = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert (said.returncode != 0) == ("full" in without) and "Traceback" not in said.stderr, said.stderr
 
 
 def test_our_mistake_passes_through(monkeypatch):
@@ -103,6 +116,12 @@ def test_a_reader_that_leaves_early_is_no_error():
     said = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (said.returncode, said.stderr) == (141, "")
+
+
+def test_nothing_is_collected_at_the_end():
+    said = python("-c", "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count())); from finetune import cli\n"
+                  "raise SystemExit(cli.main(['recipes']))")
+    assert int(said.stdout.split()[-1]) > 1000
 
 
 @pytest.fixture

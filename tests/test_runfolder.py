@@ -57,6 +57,28 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
         RunFolder(tmp_path / "run", "x").create(0)
 
 
+def test_who_holds_it_is_alive(tmp_path):
+    held, looks = RunFolder(tmp_path / "run", "x"), RunFolder(tmp_path / "run", "x")
+    held.lock()
+    assert looks.owner()["pid"] == os.getpid()
+    owner = tmp_path / ".run.owner"
+    for said in (owner.read_text().replace(str(os.getpid()), str(2**22 + 1)), "{", "[1]"):
+        owner.write_text(said)      # what a dead run left, while another process looks too
+        assert looks.owner() is None
+
+
+def test_a_run_on_a_read_only_disk_is_seen(tmp_path, monkeypatch):
+    RunFolder(tmp_path / "run", "x").lock()
+
+    def refuse(lock, **_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(runfolder.FileLock, "acquire", refuse)
+    assert RunFolder(tmp_path / "run", "x").owner()["pid"] == os.getpid()
+    write_json(tmp_path / ".run.owner", {"pid": os.getpid(), "host": "elsewhere"})
+    assert RunFolder(tmp_path / "run", "x").owner() is None
+
+
 @pytest.mark.parametrize("place", ["file", "file/run"])
 def test_a_file_in_the_way_is_told(tmp_path, place):
     (tmp_path / "file").write_text("mine")

@@ -36,8 +36,13 @@ def run(args) -> int:
         raise FinetuneError(f"--tokens {args.tokens}: at least 1")
     out = args.pictures / os.fsdecode(SYNTHETIC)
     with writing(f"{out}:"):
-        if out.exists():        # a line that the power cut
-            os.truncate(out, out.read_bytes().rfind(b"\n") + 1)
+        if out.exists() and (last := out.read_bytes().rpartition(b"\n")[2]):
+            try:
+                json.loads(last)
+                with open(out, "a") as file:        # by hand, without its end
+                    file.write("\n")
+            except ValueError:                      # that the power cut
+                os.truncate(out, out.stat().st_size - len(last))
         index = look(args.pictures, lambda line: print(line, file=sys.stderr))
         if not isinstance(index.places[0], Folder):
             raise FinetuneError(f"{args.pictures}: captions are written into a folder of pictures, and this is "

@@ -44,7 +44,7 @@ def run(args) -> int:
                     state = checkpoint.load(path)
                 except FileNotFoundError:       # training has removed it meanwhile
                     continue
-                except (OSError, ValueError, KeyError) as e:
+                except checkpoint.DAMAGED as e:
                     raise FinetuneError(f"{path} is damaged ({e}); the train command sets it aside when it goes on") from None
                 method.restore(state.ema or {name: state.parameters[name] for name in method.parameters()})
                 base = draw(step, base)

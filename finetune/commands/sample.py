@@ -86,7 +86,7 @@ def run(args) -> int:
     if args.grid:
         labels = [f"strength {factor:g}" if loaded and factor else "base" for factor in files]
         rows = [f"{job.prompt} · seed {job.seed}" for job in wanted]
-        grid([list(row) for row in zip(*columns)], rows, labels).save(args.grid)
+        sampling.write(grid([list(row) for row in zip(*columns)], rows, labels), args.grid)
     if not args.quiet:
         print(f"{len(wanted) * len(files)} pictures in {args.out}" + (f", grid {args.grid}" if args.grid else ""))
     return 0

@@ -1,6 +1,5 @@
 """Train what a recipe says; the same command again continues a stopped run."""
 
-import errno
 import signal
 import sys
 import time
@@ -52,9 +51,7 @@ def run(args) -> int:
             saving = "\n".join(levers(plan(args.recipe, args.overrides, device.memory_bytes())))
             raise FinetuneError(f"{e}\nwhat needs less memory, beside a smaller data.resolution:\n{saving}") from None
         except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
-                raise
-            raise FinetuneError(f"{e.filename or folder.root}: {e.strerror}; the checkpoints that are there stay, and the "
+            raise FinetuneError(f"{e.filename or folder.root}: {e.strerror or e}; the checkpoints that are there stay, and the "
                                 "same command continues from the newest") from None
 
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from finetune.disk import replacing
+from finetune.errors import FinetuneError
 
 FORMAT = 2          # of the tables and of what is found out; another one is never read
 CHECK_BYTES = 4
@@ -29,8 +30,11 @@ Found = tuple[np.ndarray, pa.RecordBatch, list[bool]]       # of some rows: what
 
 
 def home() -> Path:
-    """The toolkit's folder of what can be made anew: $FINETUNE_CACHE or ~/.cache/finetune."""
-    return Path(os.environ.get("FINETUNE_CACHE") or "~/.cache/finetune").expanduser()
+    """The toolkit's folder of what can be made anew: $FINETUNE_CACHE or ~/.cache/finetune. FinetuneError for neither."""
+    try:
+        return Path(os.environ.get("FINETUNE_CACHE") or "~/.cache/finetune").expanduser()
+    except RuntimeError:
+        raise FinetuneError("this user has no home folder, where the cache would be; set FINETUNE_CACHE=DIR") from None
 
 
 def key(*decisive) -> str:

@@ -3,6 +3,7 @@
 Who is held out follows from the seed and a picture's own content: more pictures leave the earlier ones where they are, but
 for the few that keep the share right."""
 
+import os
 from hashlib import blake2b
 from pathlib import Path
 from posixpath import basename, normpath
@@ -23,7 +24,7 @@ def split(index: Index, fraction: float | None, files: str | None, seed: int, re
     Raises FinetuneError for a side without pictures, a file that cannot be read, names that fit no picture or several, and
     a held-out picture with a copy that is not."""
     first = originals(index, reading)
-    held = drawn(index, first, fraction, seed) if files is None else listed(index, first, Path(files).expanduser())
+    held = drawn(index, first, fraction, seed) if files is None else listed(index, first, Path(os.path.expanduser(files)))
     return index.take(np.flatnonzero(~held)), index.take(np.flatnonzero(held))
 
 

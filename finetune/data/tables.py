@@ -113,7 +113,7 @@ def read_jsonl(path: bytes) -> Iterator[tuple[int, object]]:
             if line.strip():
                 try:
                     yield number, json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     yield number, None
 
 
@@ -143,7 +143,7 @@ def read_parquet(path: bytes) -> Iterator[tuple[int, object]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, {name: value for name, value in row.items() if not isinstance(value, (bytes, dict))}
-    except (OSError, ValueError, pa.ArrowException) as e:
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as e:
         raise Broken(number, f"cannot be read as parquet: {first_line(e)}") from None
 
 

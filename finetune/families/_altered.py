@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -40,7 +41,7 @@ class Altered:
         return tuple(found)
 
     def path_of(self, component: str) -> Path:
-        return Path(self.changes.parts[self.replaced[component]]).expanduser()
+        return Path(os.path.expanduser(self.changes.parts[self.replaced[component]]))
 
     def has(self, component: str) -> bool:
         encoder = component.replace("tokenizer", "text_encoder")

@@ -176,13 +176,13 @@ def nothing(told: Conditioning) -> Conditioning:
 
 def noising(config) -> Discrete:
     """The path that a scheduler config describes. Raises FinetuneError for one that is not known here."""
-    if config.prediction_type not in PREDICTIONS:
+    if config.prediction_type not in list(PREDICTIONS):
         raise FinetuneError(f"base.path: its scheduler predicts {config.prediction_type!r}; known: {', '.join(PREDICTIONS)}")
     own = config.get("trained_betas")
     try:
         return ddpm(config.beta_schedule if own is None else list(own), config.beta_start, config.beta_end,
                     config.num_train_timesteps, config.prediction_type, bool(config.get("rescale_betas_zero_snr")))
-    except ValueError as e:
+    except (ValueError, TypeError) as e:
         raise FinetuneError(f"base.path: its scheduler: {e}") from None
 
 

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -24,6 +25,10 @@ from finetune.errors import FinetuneError
 from finetune.families._merging import merge, merged, misfits, weight
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+# What the libraries raise for files that are not as they should be, and what a config may say of attention: the rest is fetched.
+UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError,
+            SafetensorError, StrictDataclassError)
+OWN_ATTENTION = (None, "eager", "sdpa")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -93,12 +98,13 @@ class Source:
 
     def load(self, cls: type, component: str, dtype: torch.dtype) -> nn.Module:
         """A frozen part in eval mode. Raises FinetuneError when it is not there or cannot be read."""
+        self.config(component)      # is looked through
         try:
             part, found = cls.from_pretrained(self.path, subfolder=component, revision=self.revision, use_safetensors=True,
                                               variant=self.variant or self._only_variant(component), dtype=dtype,
                                               output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-            raise FinetuneError(f"base.path: {self.path}: its {component} cannot be loaded\n    {e}") from None
+        except UNUSABLE as e:
+            raise FinetuneError(f"base.path: {self.path}: its {component} cannot be loaded\n    {str(e).strip()}") from None
         if missing := sorted(found["missing_keys"]):        # the libraries fill these with random numbers
             raise FinetuneError(f"base.path: {self.path}: its {component} lacks {len(missing)} tensors, for example "
                                 f"{missing[0]}")
@@ -110,11 +116,11 @@ class Source:
         """FinetuneError when it is not there, or is not whole: without its files transformers makes an empty one."""
         import transformers
 
-        kind = str((self.index.get(component) or ["", ""])[1])
-        cls = transformers.T5Tokenizer if kind.startswith("T5") else transformers.CLIPTokenizer     # never a class of a file's
         try:
+            kind = str((self.index.get(component) or ["", ""])[1])
+            cls = transformers.T5Tokenizer if kind.startswith("T5") else transformers.CLIPTokenizer     # never a class of a file's
             found = cls.from_pretrained(self.path, subfolder=component, revision=self.revision)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        except UNUSABLE as e:
             raise FinetuneError(f"base.path: {self.path}: its {component} cannot be loaded\n    {e}") from None
         encoder = component.replace("tokenizer", "text_encoder")
         wanted = self.config(encoder).get("vocab_size", 49408)      # CLIP's, where a config leaves it out
@@ -131,7 +137,7 @@ class Source:
             if not name.endswith("Scheduler"):      # the file names a class: nothing but a scheduler is built from it
                 raise ValueError(f"model_index.json: {name!r} is no scheduler")
             return getattr(diffusers, name).from_pretrained(self.path, subfolder=component, revision=self.revision)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError) as e:
+        except UNUSABLE as e:
             raise FinetuneError(f"base.path: {self.path}: its {component} cannot be loaded\n    {e}") from None
 
     def _only_variant(self, component: str) -> str | None:
@@ -196,7 +202,7 @@ def tokenizer(spec: FamilySpec, part: str) -> str:
 def locate(path: str, revision: str | None = None, variant: str | None = None) -> Source:
     """The source behind `base.path`: `tiny`, a folder, a file or a hub id. Raises FinetuneError when there is none."""
     quiet()
-    path = str(TINY) if path == "tiny" else str(Path(path).expanduser()) if Path(path).expanduser().exists() else path
+    path = str(TINY) if path == "tiny" else str(own) if (own := Path(os.path.expanduser(path))).exists() else path
     if Path(path).is_file():
         from finetune.families._single import source
 
@@ -207,14 +213,21 @@ def locate(path: str, revision: str | None = None, variant: str | None = None) -
 
 
 def _object(path: str, file: str, revision: str | None) -> dict:
-    """A JSON file of the source."""
+    """A JSON file of the source. Raises FinetuneError for one that is none, and for one that would have code fetched."""
     try:
-        value = json.loads(_fetch(path, file, revision).read_text(encoding="utf-8"))
+        value = json.loads(_fetch(path, file, revision).read_text(encoding="utf-8"), object_hook=_without_code)
         if not isinstance(value, dict):
             raise ValueError("no object")
-    except ValueError as e:
-        raise FinetuneError(f"base.path: {path}/{file} is not JSON: {e}") from None
+    except (ValueError, RecursionError) as e:
+        raise FinetuneError(f"base.path: {path}/{file} is not JSON, or not such: {e}") from None
     return value
+
+
+def _without_code(fields: dict) -> dict:
+    for key in ("attn_implementation", "_attn_implementation"):
+        if fields.get(key) not in OWN_ATTENTION:
+            raise ValueError(f"its {key} {fields[key]!r} is code from elsewhere, which transformers would fetch and run; take it out")
+    return fields
 
 
 def quiet() -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # both cost an import of torch
     from finetune.families.base import FamilySpec
 
 CONTROL = "controlnet_cond_embedding.conv_in.weight"        # every control branch has it in diffusers' names
+MOST_ALPHA = 2 ** 40        # a number of JSON may be larger than any float
 DIFFUSERS_METADATA = "lora_adapter_metadata"  # peft's config, for diffusers: fatal in a file that has alphas
 
 
@@ -76,7 +77,7 @@ def _config_beside(path: Path, header: Header) -> dict[str, str]:
         parts = {name.partition(".")[0] for name in plain(header).tensors}
         said = {f"{part}.{key}": value for part in sorted(parts) for key, value in fields.items()}
         return {DIFFUSERS_METADATA: json.dumps(said)}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise FinetuneError(f"its {config.name} cannot be read: {error}") from None
 
 
@@ -196,9 +197,9 @@ def peft_configs(metadata: Mapping[str, str]) -> dict[str, dict]:
                 if re.search(r"[^\w.^$|()\\*-]", pattern) or pattern.count("*") > 2 or "(" in pattern:
                     raise ValueError(f"the pattern {pattern!r}")        # one from outside that could take for ever
                 re.compile(pattern)
-                if not isinstance(alpha, (int, float)):
+                if not (isinstance(alpha, (int, float)) and abs(alpha) <= MOST_ALPHA):
                     raise TypeError(f"an alpha of {alpha!r}")
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise FinetuneError(f"its {DIFFUSERS_METADATA} is not what diffusers writes: {error}") from error
     return configs
 
@@ -287,7 +288,7 @@ def contradictions(header: Header) -> list[str]:
     ranks = [said.get("ss_network_dim", ""), *(str(config["r"]) for config in peft_configs(said).values()
                                                if "r" in config and not config.get("rank_pattern"))]
     found += [f"its metadata say rank {rank}, but its tensors have {_few(facts['ranks'])}" for rank in ranks
-              if rank.isdecimal() and facts["ranks"] and int(rank) not in facts["ranks"]]
+              if re.fullmatch(r"\d{1,9}", rank) and facts["ranks"] and int(rank) not in facts["ranks"]]
     # That of rsLoRA in LyCORIS is another in the file, and an alpha in half precision is a little off.
     alpha = said.get("ss_network_alpha", "")
     alphas = [value for name, value in header.scalars.items() if name.endswith(".alpha")]

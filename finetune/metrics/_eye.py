@@ -12,6 +12,7 @@ from PIL import Image
 
 from finetune import device
 from finetune.errors import FinetuneError
+from finetune.families import base as families
 
 BATCH, SIDE = 16, 16
 
@@ -35,7 +36,7 @@ def refusing(path: str, advice: str) -> Iterator[None]:
     """Inside, what transformers makes of files that it cannot use is a FinetuneError."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError) as e:
+    except families.UNUSABLE as e:
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise FinetuneError(f"{path}: cannot be used: {why}\n    {advice}") from None
 
@@ -47,6 +48,10 @@ def opened(kind, path: str, dtype: torch.dtype | str) -> torch.nn.Module:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(path)
+    asked = [each._attn_implementation for each in (config, *(getattr(config, name, config) for name in config.sub_configs))]
+    if other := [attention for attention in asked if attention not in families.OWN_ATTENTION]:
+        raise ValueError(f"its config asks for the attention {other[0]!r}, which is code from elsewhere")
     model, found = kind.from_pretrained(path, use_safetensors=True, dtype=dtype, output_loading_info=True)
     if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):     # is not looked at
         raise ValueError(f"{len(missing)} of its tensors are missing, for example {missing[0]}")

@@ -31,7 +31,7 @@ WANTED = {
 
 def explain(error: dict) -> str:
     """What is wrong, and in an indented second line what would be right."""
-    keys, kind, given, context = error["loc"], error["type"], error["input"], error.get("ctx", {})
+    keys, kind, given, context = _keys(error), error["type"], error["input"], error.get("ctx", {})
     field, models = _at(keys[:-1] if kind == "extra_forbidden" else keys)
     if kind == "extra_forbidden":
         siblings = list(models[0].model_fields)
@@ -59,9 +59,14 @@ def explain(error: dict) -> str:
 
 def written(error: dict) -> tuple[str, ...]:
     """The key as the user writes it. Where a value may be one of several models, pydantic names the one that it took."""
-    keys = tuple(str(key) for i, key in enumerate(error["loc"])
+    keys = tuple(str(key) for i, key in enumerate(_keys(error))
                  if not (isinstance(key, str) and i and len(_at(error["loc"][:i])[1]) > 1))
     return keys + ("kind",) if error["type"].startswith("union_tag") else keys
+
+
+def _keys(error: dict) -> tuple[str | int, ...]:
+    """Where it is; of a mapping's key itself, the place of its value."""
+    return error["loc"][:-1] if error["loc"][-1:] == ("[key]",) else error["loc"]
 
 
 def _unknown(name: str, given: object, words: Sequence[str]) -> str:

@@ -45,7 +45,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 
     Raises one FinetuneError with every problem, each with its place: a file that cannot be read or is not
     YAML, a key unknown or written twice, a value of the wrong type, out of range or against another."""
-    draft = _Draft.read(Path(path))
+    draft = _Draft.read(Path(path), text := _text(Path(path)))        # once: it may be a pipe
     for override in overrides:
         draft.override(override)
     try:
@@ -57,7 +57,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
             if problem["type"] != "default_factory_not_called" and not told:    # these only say that another is wrong
                 draft.note(key, explain(problem))
     refuse([text for _, text in sorted(draft.problems, key=lambda problem: problem[0])])
-    return Loaded(recipe, Path(path), _text(Path(path)), draft.places)
+    return Loaded(recipe, Path(path), text, draft.places)
 
 
 @dataclass
@@ -70,9 +70,9 @@ class _Draft:
     noted: set[Key] = field(default_factory=set)
 
     @classmethod
-    def read(cls, path: Path) -> "_Draft":
+    def read(cls, path: Path, text: str) -> "_Draft":
         try:
-            document = parse(_text(path))
+            document = parse(text)
         except NotYaml as error:
             raise FinetuneError(f"{path}:{error.line}  {error}") from None
         if document.value is None and not document.problems:

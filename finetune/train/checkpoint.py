@@ -19,6 +19,7 @@ from finetune.errors import FinetuneError
 from finetune.runfolder import RunFolder
 
 MANIFEST = "manifest.json"
+DAMAGED = (FinetuneError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)  # what `load` raises
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def newest(folder: RunFolder, say, tidy: bool) -> State | None:
     for path in folders(folder):
         try:
             return load(path)
-        except (FinetuneError, OSError, ValueError, KeyError) as e:
+        except DAMAGED as e:
             names = (f"damaged-{path.name}{number}" for number in ["", *(f"-{n}" for n in range(2, 10**6))])
             aside = next(aside for aside in map(path.with_name, names) if not aside.exists())
             say(f"checkpoint {path.name} is damaged ({e}); set aside as {aside.name}")
@@ -77,7 +78,8 @@ def load(path: Path) -> State:
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if manifest["step"] != step(path):
         raise ValueError(f"it is of step {manifest['step']}")
-    for name, seal in manifest["files"].items():
+    files = {name: manifest["files"][name] for name in ("parameters.safetensors", "optimizer.safetensors", *manifest["files"])}
+    for name, seal in files.items():
         if (path / name).stat().st_size != seal["size"] or _sha256(path / name) != seal["sha256"]:
             raise ValueError(f"{name} is not what was written")
     return State(

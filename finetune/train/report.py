@@ -7,6 +7,7 @@ import io
 import json
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from finetune.recipe.resolved import leaves
 from finetune.runfolder import RunFolder
 from finetune.train import ground
 from finetune.train.curves import chart
+from finetune.train.export import public
 from finetune.train.lint import lint
 from finetune.train.norms import measure
 
@@ -104,7 +106,11 @@ class Told:
 
     @cached_property
     def previews(self) -> list[tuple[int, str]]:
-        return [(step, picture(Image.open(path), WIDEST)) for step, path in previews(self.folder).items()]
+        found = []
+        for step, path in previews(self.folder).items():
+            with suppress(OSError):     # a damaged one is left out
+                found.append((step, picture(Image.open(path), WIDEST)))
+        return found
 
     @cached_property
     def data(self) -> dict:
@@ -132,11 +138,11 @@ class Told:
 
     @property
     def given(self) -> str:
-        return (self.folder / "recipe.yaml").read_text(encoding="utf-8")
+        return public((self.folder / "recipe.yaml").read_text(encoding="utf-8"))      # a page travels
 
     @property
     def resolved(self) -> str:
-        return dump(self.recipe)
+        return public(dump(self.recipe))
 
 
 def told(folder: Path) -> Told:
@@ -172,7 +178,8 @@ def page(folders: Sequence[Path], *blocks: str) -> str:
 
 def previews(folder: Path) -> dict[int, Path]:
     """Step → the sheet of pictures that was sampled then."""
-    return {int(path.stem.rpartition("-")[2]): path for path in sorted((folder / "previews").glob("step-*.png"))}
+    found = {path.stem.removeprefix("step-"): path for path in sorted((folder / "previews").glob("step-*.png"))}
+    return {int(step): path for step, path in found.items() if step.isdecimal()}
 
 
 def norms(path: Path) -> list[tuple[str, float, float]]:

@@ -199,10 +199,10 @@ def paint(family, loaded: list[adapters.Adapter], jobs: list[Job], files: list[P
             yield picture
 
 
-def write(picture: Image.Image, path: Path, info: PngInfo) -> None:
-    """A PNG that is there as a whole or not at all. Raises FinetuneError."""
+def write(picture: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """A picture's file that is there as a whole or not at all. Raises FinetuneError."""
     with writing(f"{path}:"), replacing(path) as staged:
-        picture.save(staged, "PNG", pnginfo=info)
+        picture.save(staged, Image.registered_extensions()[path.suffix.lower()], pnginfo=info)
 
 
 def scheduler(name: str, own):

@@ -99,6 +99,6 @@ def rewind(folder: RunFolder, done: int, logged: int, say) -> None:
                 said = json.loads(line)
                 if line.endswith(b"\n") and said["step"] <= (logged if "loss" in said or "skipped" in said else done):
                     kept.append(line.decode())
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 say(f"{folder.metrics.name}: a damaged line is left out")
         write_text(folder.metrics, "".join(kept))

@@ -99,13 +99,20 @@ def test_what_is_wrong_with_a_table_is_told_with_its_line(tmp_path):
     assert columns(found) == {"a.png": {"text": "a"}}
 
 
+def parquet(**columns) -> bytes:
+    pa.parquet.write_table(pa.table({"file_name": ["a.png"], **columns}), sink := pa.BufferOutputStream())
+    return sink.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize("name, content, part", [
     ("metadata.jsonl", b'{"file_name": "a.png"}\n{"text": "\xe4"}', "metadata.jsonl:2: is not UTF-8 (byte 10)"),
+    ("metadata.jsonl", b'{"file_name": "a.png"}\n' + b"[" * 10**5, "metadata.jsonl:2: not an object"),
     ("metadata.csv", b"file_name,text\na.png,\xe4", "metadata.csv:2: is not UTF-8"),
     ("metadata.csv", b"name,text\n", "metadata.csv:1: has no column file_name"),
     ("metadata.csv", b"file_name,text\na.png,b,c\n", "metadata.csv:2: has 3 fields"),
     ("metadata.csv", b'file_name,text\na.png,"b\n', "metadata.csv:2: is no CSV"),
     ("metadata.parquet", b"PAR1", "metadata.parquet: cannot be read as parquet"),
+    ("metadata.parquet", parquet(day=pa.array([2**31 - 1], pa.date32())), "metadata.parquet: cannot be read as parquet: day"),
     ("a.txt", b"\xe4", "a.txt: is not UTF-8 (byte 0)"),
     ("a.caption", b"ok\xe4", "a.caption: is not UTF-8 (byte 2)")])
 def test_broken_files_are_told(name, content, part, tmp_path):

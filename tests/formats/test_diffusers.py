@@ -67,7 +67,8 @@ def test_the_metadata_are_minimal_exact_and_for_every_component():
 
 
 @pytest.mark.parametrize("text", [
-    "[]", "{", '{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": 3}', '{"unet.alpha_pattern": {"(": 1}}',
+    "[]", "{", "[" * 10**5, '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1%s}' % ("0" * 400),
+    '{"unet.alpha_pattern": 3}', '{"unet.alpha_pattern": {"(": 1}}',
 ])
 def test_senseless_metadata_are_told(text):
     with pytest.raises(FinetuneError, match="lora_adapter_metadata is not what diffusers writes"):

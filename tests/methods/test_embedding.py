@@ -44,6 +44,7 @@ def test_the_table_has_no_gradient_and_its_rows_begin_as_the_words(family):
 
 @pytest.mark.parametrize("names, why", [
     ({"Dog": 1}, "small letters"), ({"a b": 1}, "small letters"), ({"../x": 1}, "small letters"), ({"_x": 1}, "small letters"),
+    ({"狗" * 80: 1}, "200 bytes"),
     ({"re": 1}, "own vocabulary"), ({"sks": 2, "sks-dog": 1}, "holds 'sks'"), ({"sks": 1, "sks_1": 1}, "holds 'sks'"),
 ])
 def test_names_that_would_be_mistaken_are_refused(family, names, why):

@@ -86,6 +86,8 @@ def test_what_only_some_variants_have(write):
 def test_a_word_of_the_user_in_a_mapping_is_explained(write):
     with pytest.raises(FinetuneError, match="method.ranks.conv: wants a whole number; given 'x'\n    Other ranks"):
         load(write(SMALLEST), ["method.ranks.conv=x"])
+    with pytest.raises(FinetuneError, match="method.tokens.: wants a text that is not empty; given ''"):
+        load(write(SMALLEST), ["method={kind: embedding, tokens: {'': {init: dog}}}"])
 
 
 def test_a_weighting_may_be_a_name_alone(write):

@@ -55,7 +55,14 @@ def test_a_report(runs, tmp_path, capsys):
     assert [image["data-step"] for image in page.images if "data-step" in image] == ["0", "1", "2"]
     assert len(page.images) == 3 + 3 and "&lt;script&gt;alert(1)" in alone and "{{ 7 * 7 }}" in alone
     assert "every check passed" in alone and "pipe.load_lora_weights" in alone
+    assert str(tmp_path) not in alone
 
+    # A preview that somebody copied, one that a power cut damaged, steps that were all skipped
+    for name in ("step-00000002 (copy).png", "step-00000001.png"):
+        (runs[1] / "previews" / name).write_bytes(b"")
+    lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line | {"loss": None}) + "\n" for line in lines[:1]) +
+                                           "".join(json.dumps(line) + "\n" for line in lines[1:]))
     out = tmp_path / "both.html"
     assert main(["report", *map(str, runs), "--out", str(out)]) == 0
     both = out.read_text()

@@ -5,7 +5,9 @@ import os
 import signal
 
 import pytest
+import torch
 
+from finetune.runfolder import RunFolder
 from finetune.train import checkpoint, loop
 
 
@@ -110,6 +112,18 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_not_used(recipe, train, tmp
     assert "step-00000004 is damaged" in capsys.readouterr().err
     assert (tmp_path / "cut" / "checkpoints" / "damaged-step-00000004").is_dir()
     assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("manifest", [
+    "[]", "5", "[" * 10**5, '{"step": 1}', '{"step": 1, "files": {}}', '{"step": 1, "files": []}', '{"step": 2, "files": {}}',
+    '{"step": 1, "files": {"parameters.safetensors": 0}}'])
+def test_a_manifest_that_is_none_is_damage(tmp_path, manifest):
+    folder, said = RunFolder(tmp_path / "run", "x"), []
+    checkpoint.save(folder, checkpoint.State(1, {"a": torch.ones(2)}, {}, {}, None), 2)
+    assert checkpoint.newest(folder, said.append, tidy=True).parameters["a"].tolist() == [1, 1] and not said
+    (folder.checkpoint(1) / checkpoint.MANIFEST).write_text(manifest)
+    assert checkpoint.newest(folder, said.append, tidy=True) is None
+    assert "step-00000001 is damaged" in said[0] and (folder.checkpoints / "damaged-step-00000001").is_dir()
 
 
 def test_a_failed_save_keeps_the_last_checkpoint(recipe, train, tmp_path, monkeypatch, capsys):
