@@ -266,7 +266,7 @@ def layout(rng: random.Random) -> Iterator[Row]:
     ```
     """
     for i in range(256):
-        scene = laid_out(rng, i)
+        scene = laid_out(random.Random(f"layout {i}"), i)
         yield world.draw(scene), {"text": layout_caption(scene)}
 
 
@@ -277,9 +277,8 @@ def layout_boxes(rng: random.Random) -> Iterator[Row]:
 
     **How to use.** As `data.condition` of a run on `datasets/layout`.
     """
-    rng.seed("layout 0")
     for i in range(256):
-        scene = laid_out(rng, i)
+        scene = laid_out(random.Random(f"layout {i}"), i)
         yield boxed(scene), {"text": layout_caption(scene)}
 
 
