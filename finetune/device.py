@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch.overrides import TorchFunctionMode
 
 from finetune.errors import FinetuneError
 
@@ -104,6 +105,25 @@ def spare_memory() -> None:
     for start, end, about in mapping.findall(Path("/proc/self/smaps").read_text(errors="replace")):
         if all(f"{own}: 0" in " ".join(about.split()) for own in ("Anonymous", "Swap")):
             libc.madvise(int(start, 16), int(end, 16) - int(start, 16), MADV_DONTNEED)
+
+
+class Sparing(TorchFunctionMode):
+    """Inside, `spare_memory` for every quarter of a GiB that is made: a file of float32 that is cast while it is mapped would
+    stay beside what it is cast to."""
+
+    made = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.count(found)
+        return found
+
+    def count(self, t: torch.Tensor) -> None:
+        self.made += 0 if t.is_meta else t.nbytes
+        if self.made >= 2**28:
+            self.made = 0
+            spare_memory()
 
 
 def glibc() -> ctypes.CDLL | None:

@@ -21,6 +21,7 @@ SHAPES = {      # base, resolution, method, train
     "tiny lora 64 b8": ("tiny", 64, LORA, {"batch_size": 8}),
     "tiny lora all 128 b2": ("tiny", 128, LORA | {"targets": ["all"]}, {"batch_size": 2}),
     "tiny lora 128 b4 checkpointed": ("tiny", 128, LORA, {"batch_size": 4, "gradient_checkpointing": True}),
+    "tiny lora 128 b4 selective": ("tiny", 128, LORA, {"batch_size": 4, "gradient_checkpointing": "selective"}),
     "tiny full 64 b4": ("tiny", 64, {"kind": "full"}, {"batch_size": 4, "optimizer": "adamw"}),
     "tiny vae 64 b4": ("tiny", 64, {"kind": "vae_decoder"}, {"batch_size": 4}),
 }

@@ -52,7 +52,9 @@ def plan(recipe: str, overrides: list[str], room: int) -> dict:
     plain, saves = need([]), {}
     now = load(recipe, overrides).recipe
     idle = {"base.quantize=int8": bool(now.base.quantize), "base.quantize=nf4": bool(now.base.quantize),
-            "train.lean=true": wanted(now.train, device.best()), "train.gradient_checkpointing=true": now.train.gradient_checkpointing,
+            "train.lean=true": wanted(now.train, device.best()),
+            "train.gradient_checkpointing=selective": now.train.gradient_checkpointing,
+            "train.gradient_checkpointing=true": now.train.gradient_checkpointing is True,
             "train.batch_size=1": now.train.batch_size == 1, "base.dtype=bfloat16": now.base.dtype != "float32",
             "train.optimizer=adamw8bit": now.train.optimizer.endswith("8bit"),
             "every.preview=0": not now.every.preview, "data.crop=center": now.data.crop != "random"}
@@ -62,9 +64,11 @@ def plan(recipe: str, overrides: list[str], room: int) -> dict:
                 saves[lever] = plain.peak - need([lever]).peak
             except FinetuneError:       # it does not go with another field of the recipe
                 continue
+    # One that is enough, the mildest; else from the largest on.
+    enough = next(([lever] for lever in saves if plain.peak - saves[lever] <= room), None)
     chosen, peak = [], plain.peak
-    for lever in sorted(saves, key=saves.get, reverse=True):
-        if peak > room and saves[lever] > 0:
+    for lever in enough or sorted(saves, key=saves.get, reverse=True):
+        if peak > room and saves[lever] > 0 and lever.partition("=")[0] not in {c.partition("=")[0] for c in chosen}:
             chosen.append(lever)
             peak = need(chosen).peak
     for lever in chosen[:-1]:       # one that a larger one made needless

@@ -152,7 +152,8 @@ class Parts(dict):
     loads nothing."""
 
     def __init__(self, load: Callable[[str], nn.Module], names: Iterable[str]):
-        super().__init__((name, load(name)) for name in names)
+        with device.Sparing():
+            super().__init__((name, load(name)) for name in names)
         self._load, self._gone = load, {}
 
     def let_go(self, name: str, weights: str) -> None:
@@ -163,7 +164,8 @@ class Parts(dict):
     def __missing__(self, name: str) -> nn.Module:
         if name not in self._gone:
             raise KeyError(name)
-        part = self._load(name).to(next(next(iter(self.values())).parameters()).device)
+        with device.Sparing():
+            part = self._load(name).to(next(next(iter(self.values())).parameters()).device)
         if fingerprint({name: part}) != self._gone[name]:
             raise FinetuneError(f"base: the weights of its {name} are others than at the start of this run: the files were "
                                 "changed meanwhile. Put them back; the same command continues from the last checkpoint")
@@ -344,14 +346,12 @@ def publish_text_encoder(folder: Path) -> None:
 
 def fingerprint(parts: dict[str, nn.Module]) -> str:
     """SHA-256 over every weight of the base: what it is, wherever it lies. Pages that were read for it are given back."""
-    whole, read = hashlib.sha256(), 0
+    whole, pages = hashlib.sha256(), device.Sparing()
     for part, module in sorted(parts.items()):
         for name, tensor in sorted(module.state_dict().items()):
             whole.update(f"{part}.{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-            if (read := read + tensor.nbytes) >= 2**28:
-                device.spare_memory()
-                read = 0
+            pages.count(tensor)
     return whole.hexdigest()
 
 

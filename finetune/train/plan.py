@@ -30,6 +30,7 @@ from finetune.families._quantized import quantize
 from finetune.recipe import Recipe
 from finetune.train import ground
 from finetune.train.lean import lean, wanted
+from finetune.train.recompute import recompute
 from finetune.train.release import released
 from finetune.train.sampling import previews
 from finetune.train.together import Together
@@ -39,16 +40,17 @@ STATE = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "lion": 4, "lion8bit": 1 + 4 / 25
 AT_ONCE = 8         # pictures that a preview samples together
 TOKENS = 77
 
-# What each lever sets, and what it costs.
+# What each lever sets, and what it costs; the mildest first.
 LEVERS = {
     "train.lean=true": "the same numbers; some Python in every step",
+    "every.preview=0": "no pictures on the way; the encoders leave the memory",
+    "train.gradient_checkpointing=selective": "the same numbers; norms and shallow layers are computed twice",
     "train.gradient_checkpointing=true": "the same numbers, about a third slower",
     "train.batch_size=1": "with as much more gradient_accumulation: other rounding, slower on a GPU",
     "base.dtype=bfloat16": "frozen weights and their computation in 8 bits of precision",
     "base.quantize=int8": "frozen weights rounded to 8 bits and made whole again in every step",
     "base.quantize=nf4": "frozen linear layers rounded to 4 bits, convolutions to 8, and made whole again in every step",
     "train.optimizer=adamw8bit": "its state is rounded",
-    "every.preview=0": "no pictures on the way; the encoders leave the memory",
     "data.crop=center": "always the same part of a picture; the VAE leaves the memory",
 }
 
@@ -166,9 +168,8 @@ def needs(recipe: Recipe) -> Need:
             with torch.no_grad():
                 phases["caching"] = everything - weights["denoiser"] + live.over(lambda: vae.encode(drawn(1)).latent_dist.mean)
         if recipe.train.gradient_checkpointing:
-            (denoiser if denoises else vae).enable_gradient_checkpointing()
-            for part in {*method.trains} & {"control"}:
-                family.parts[part].enable_gradient_checkpointing()
+            for part in {"denoiser" if denoises else "vae"} | {*method.trains} & {"control"}:
+                recompute(family.parts[part], recipe.train.gradient_checkpointing)
         for part in method.trains:
             family.parts[part].train()
         light = lean() if wanted(recipe.train, device.best()) else nullcontext()    # as on this machine
@@ -188,14 +189,23 @@ def needs(recipe: Recipe) -> Need:
     return Need(weights, count, gradients, state, phases, flops.get_total_flops() * recipe.train.gradient_accumulation)
 
 
+class Flat(nullcontext):
+    """In place of the counter's look at which module it is in, whose hooks keep a graph, and what it saved, until Python's
+    garbage is collected."""
+
+    parents = {"Global"}
+
+
 def counter() -> FlopCounterMode:
     """torch's counter, with what it does not know of the CPU: attention, and oneDNN's products."""
     aten = torch.ops.aten
     onednn = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * x.numel() * w[0]} \
         if torch.backends.mkldnn.is_available() else {}
-    return FlopCounterMode(display=False, custom_mapping=onednn | {
+    found = FlopCounterMode(display=False, custom_mapping=onednn | {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)})
+    found.mod_tracker = Flat()
+    return found
 
 
 def largest(recipe: Recipe) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from finetune.train import ground, trackers
 from finetune.train.compile import compile_blocks
 from finetune.train.judge import Judge
 from finetune.train.learned import check_said
+from finetune.train.recompute import recompute
 from finetune.train.sampling import followed, previews
 from finetune.train.step import TrainStep
 from finetune.train.together import Together
@@ -121,7 +122,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
                     accelerator.num_processes, recipe.data.workers)
     if train.gradient_checkpointing:
         for part in {"denoiser" if method.objective == "denoise" else "vae"} | {*method.trains} & {"control"}:
-            family.parts[part].enable_gradient_checkpointing()
+            recompute(family.parts[part], train.gradient_checkpointing)
     if train.compile:
         compile_blocks(family.parts["denoiser"], accelerator.device, cache.home().parent / "compiled")
     parameters = method.parameters()

@@ -24,6 +24,16 @@ def test_nothing_is_loaded_and_a_lever_makes_it_fit(recipe, capsys):
     assert levered["peak"] == tight["smallest"]["peak"]
 
 
+def test_what_is_dear_to_compute_is_kept(recipe):
+    from finetune.recipe import load
+    from finetune.train.plan import needs
+
+    plain, selective, all_twice = (needs(load(recipe, [f"train.gradient_checkpointing={word}", "data.resolution=128"]).recipe)
+                                   for word in ("false", "selective", "true"))
+    assert plain.flops < selective.flops < all_twice.flops
+    assert plain.phases["training"] > selective.phases["training"] > all_twice.phases["training"]
+
+
 def test_few_bits_are_planned_as_they_are_loaded(recipe):
     from finetune.families import sd1
     from finetune.families.base import Changes
@@ -46,7 +56,7 @@ def test_out_of_memory_names_what_the_levers_save(recipe, train, tmp_path, monke
     monkeypatch.setattr(loop, "one_step", full)
     assert train(recipe, tmp_path / "run") == 2
     said = capsys.readouterr().err
-    assert "Tried to allocate" in said and "--set train.gradient_checkpointing=true\n      saves" in said
+    assert "Tried to allocate" in said and "--set train.gradient_checkpointing=selective\n      saves" in said
 
 
 def test_what_cannot_be_planned(recipe, capsys):

@@ -12,6 +12,7 @@ from finetune.families.base import merged
 from finetune.methods import lora
 from finetune.methods._variants import tensor
 from finetune.recipe import schema
+from finetune.train.recompute import recompute
 
 VARIANTS = ["lora", "rslora", "dora", "loha", "lokr", "oft"]
 FIRST = "denoiser.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -79,14 +80,14 @@ def test_gradient_checkpointing_changes_no_gradient(variant):
     """Also when layers and ranks are dropped: the second pass drops the same."""
     drops = {"module_dropout": 0.3} | ({} if variant == "oft" else {"rank_dropout": 0.3})
     found = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "selective"):
         family, method = installed(variant=variant, targets=["all", "conv"], **drops)
         shaken(method)
         family.parts["denoiser"].train()
         if checkpointing:
-            family.parts["denoiser"].enable_gradient_checkpointing()
+            recompute(family.parts["denoiser"], checkpointing)
         found.append(gradients(family, method))
-    assert all(torch.allclose(grad, found[1][name], rtol=1e-4, atol=1e-7) for name, grad in found[0].items())
+    assert all(torch.allclose(grad, twice[name], rtol=1e-4, atol=1e-7) for twice in found[1:] for name, grad in found[0].items())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
