@@ -105,10 +105,10 @@ def checked(run: Run, paths: list[Path]) -> dict[str, list[verify.Check]]:
 
 def said(run: Run, method) -> dict[str, dict[float, torch.Tensor]]:
     """What the text encoder makes of each learned token: {token: {strength of the method alone: states}}."""
-    found: dict[str, dict[float, torch.Tensor]] = {token: {} for token in method.tokens}
+    found: dict[str, dict[float, torch.Tensor]] = {token: {} for token in method.words.tokens}
     for strength in (0.0, 1.0):
         with method.at(strength):
-            for token in method.tokens:
+            for token in method.words.tokens:
                 found[token][strength] = verify.states(run.family, token)
     return found
 
@@ -142,7 +142,7 @@ def metadata(run: Run) -> dict[str, str]:
                       for method in recipe["method"]]
     train, caption = told["train"], run.recipe.data.caption
     words = [word for word in (caption.trigger, *(token for method in run.method.methods if method.kind == "embedding"
-                                                  for token in method.tokens)) if word]
+                                                  for token in method.words.tokens)) if word]
     folders = {image["path"]: image["repeats"] for image in images}
     sizes = Counter(f"{w}x{h}" for h, w in learned.sizes.tolist())
     described = {

@@ -83,8 +83,8 @@ def lint(recipe: Recipe, say: Say) -> Report:
     size = recipe.train.batch_size * recipe.train.gradient_accumulation
     learned = report.tried("token", learned_words, recipe, indexes["learn"]) if "learn" in indexes else None
     if family and learned and learned.tokens:
-        report.tried("token", tokens.extend, family, {name: {"text": torch.empty(words["vectors"], 0)}
-                                                      for name, words in learned.tokens.items()}, "method.tokens: ")
+        report.tried("token", tokens.extend, family, {name: {"text": torch.empty(token.vectors, 0)}
+                                                      for name, token in learned.tokens.items()}, "method.tokens: ")
     streams = {role: report.tried("size", ground.stream, recipe, family.stride if family else 8, size, index, role,
                                   learned.stands if learned else {}) for role, index in indexes.items()}
     if indexes:

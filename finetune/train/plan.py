@@ -32,7 +32,7 @@ from finetune.train import ground
 from finetune.train.lean import lean, wanted
 from finetune.train.release import released
 from finetune.train.sampling import previews
-from finetune.train.together import Together
+from finetune.train.together import Together, built
 
 STATE = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "lion": 4, "lion8bit": 1 + 4 / 256, "adafactor": 0, "prodigy": 16,
          "schedule_free_adamw": 8, "sgd": 4}        # bytes of the optimizer for each number that is trained
@@ -212,14 +212,8 @@ def size(part: torch.nn.Module) -> int:
 
 def install(recipe: Recipe, family) -> Together:
     """The recipe's methods; a token for each value of a column counts as one, since pictures are not looked at."""
-    methods = []
-    for words in recipe.method:
-        fields = words.model_dump(exclude={"until", "kind", "start_from"})
-        if words.kind == "embedding":
-            fields["tokens"] = {name: {"init": token.init or "a", "vectors": token.vectors}
-                                for name, token in words.tokens.items()}
-        methods.append(registry.find("methods", words.kind).build(**fields, seed=recipe.train.seed))
-    together = Together(tuple(methods), tuple(words.until for words in recipe.method))
+    together = built(recipe, {name: token.model_copy(update={"init": token.init or "a"}) for words in recipe.method
+                              if words.kind == "embedding" for name, token in words.tokens.items()})
     together.install(family)
     return together
 
