@@ -36,12 +36,12 @@ class Row:
         return change.get(self.how, (first, *rest))
 
 
-def read(tensors: Mapping[str, Tensor], table: Iterable[Row], shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Tensor]]:
-    """Our (name, tensor) pairs, one after the other, bit for bit. `tensors` may fetch each when it is asked for."""
+def read(fetch: Callable[[str], Tensor], table: Iterable[Row], shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Tensor]]:
+    """Our (name, tensor) pairs, one after the other, bit for bit. `fetch` gives the tensor that has a name of theirs."""
     import torch
 
     for row in table:
-        t = torch.eye(shapes[row.ours[0]][0]) if row.how == "identity" else tensors[row.theirs]
+        t = torch.eye(shapes[row.ours[0]][0]) if row.how == "identity" else fetch(row.theirs)
         if row.how == "fused":
             yield from zip(row.ours, t.chunk(len(row.ours)))
         elif row.how == "transposed":
