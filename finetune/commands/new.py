@@ -73,9 +73,9 @@ def look(pictures: Path, say):
     """The index of the folder. Raises FinetuneError when it holds nothing to learn from."""
     from finetune.data.index import build
     from finetune.data.pictures import Reading
-    from finetune.data.sources import Source
+    from finetune.recipe.data import Images
 
-    index = build([Source(str(pictures))], Reading(), None, say, False, "pictures")
+    index = build([Images(path=str(pictures))], Reading(), None, say, False, "pictures")
     if not len(index):
         raise FinetuneError("\n    ".join([f"{pictures}: there is no picture that can be read",
                                            *(f"{note.name}: {note.text}" for note in index.notes[:5])]))

@@ -7,29 +7,17 @@ can `read` them."""
 import glob
 import os
 import re
-from dataclasses import dataclass, fields
 
 from finetune.data.folders import Folder
 from finetune.data.shards import Shards
 from finetune.errors import FinetuneError, nearest
+from finetune.recipe.data import Images
 
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a recipe says of one."""
-
-    path: str
-    repeats: int = 1
-    split: str = "train"
-    image: str = "image"
-    limit: int | None = None
-    streaming: bool = False
-
-
-def locate(source: Source):
+def locate(source: Images):
     """The place that a source names: a Folder, Shards or a Saved table. Raises FinetuneError when there is none."""
     path = os.path.expanduser(source.path)
     if COMPRESSED.search(path):
@@ -52,8 +40,7 @@ def locate(source: Source):
         return from_hub(source)
     else:
         raise FinetuneError(f"there is no folder {path}{_near(path)}")
-    default = Source(source.path, source.repeats)
-    if odd := [f.name for f in fields(Source) if getattr(source, f.name) != getattr(default, f.name)]:
+    if odd := source.model_dump(exclude={"path", "repeats"}, exclude_defaults=True):
         raise FinetuneError(f"{', '.join(odd)} goes with a dataset, but {path} is {place.kind}")
     return place
 

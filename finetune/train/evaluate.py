@@ -17,11 +17,11 @@ from finetune import __version__, registry
 from finetune.data import encode
 from finetune.data.index import build
 from finetune.data.pictures import Reading
-from finetune.data.sources import Source
 from finetune.errors import FinetuneError, refuse
 from finetune.metrics._eye import Network, Pixels
 from finetune.metrics._intervals import LEVEL, RESAMPLES, facts
 from finetune.metrics.base import Album, Measured, Painted, album
+from finetune.recipe.data import Images
 from finetune.train import adapters
 from finetune.train.jobs import Job
 from finetune.train.preview import grid
@@ -104,7 +104,7 @@ def eyes(wanted: Sequence[Metric], prompts: list[str]) -> dict[str, object]:
 
 def training(place: str) -> Album:
     """Training pictures. Raises FinetuneError for those that cannot be read."""
-    index = build([Source(place)], Reading(), None, lambda line: None, True, "--images")
+    index = build([Images(path=place)], Reading(), None, lambda line: None, True, "--images")
     encode.refuse([note for note in index.notes if note.fatal])
     return Album([index.name(i) for i in range(len(index))], index.read)
 

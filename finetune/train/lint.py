@@ -187,7 +187,7 @@ def check_length(stream: Stream, recipe: Recipe, family) -> list[Note]:
 
 def undrawn(captions: Captions) -> Captions:
     """The captions without what is drawn, but for wildcards."""
-    tags = captions.tags and replace(captions.tags, shuffle=False, dropout=0.0)
+    tags = captions.tags and captions.tags.model_copy(update={"shuffle": False, "dropout": 0.0})
     return replace(captions, dropout=0.0, tags=tags)
 
 
