@@ -24,11 +24,8 @@ def run(args) -> int:
     if args.gc:
         if not args.older_than >= 0:
             raise FinetuneError(f"--older-than {args.older_than:g}: a number of days, 0 or more")
-        try:
-            freed = sum(memory.collect(folder, args.older_than)
-                        for folder in [cache.home(), *(memory.home() / kind for kind in memory.BESIDE)])
-        except OSError as e:
-            raise FinetuneError(f"{e.filename}: cannot be removed: {e.strerror}") from None
+        freed = sum(memory.collect(folder, args.older_than)
+                    for folder in [cache.home(), *(memory.home() / kind for kind in memory.BESIDE)])
         print(f"freed     {freed / 1e6:,.1f} MB that were not used for {args.older_than:g} days")
     describe()
     return 0

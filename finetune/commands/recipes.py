@@ -37,6 +37,4 @@ def copy_to(recipe: Path, to: Path | None) -> Path:
             file.write(recipe.read_bytes())
     except FileExistsError:
         raise FinetuneError(f"{target}: exists and is not overwritten; choose another with --to") from None
-    except OSError as error:
-        raise FinetuneError(f"{target}: cannot be written: {error.strerror}") from None
     return target

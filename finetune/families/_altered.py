@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from finetune import registry
 from finetune.errors import FinetuneError
 from finetune.families import _single
 from finetune.families._quantized import quantize
-from finetune.families.base import Changes, FamilySpec, Source, locate
+from finetune.families.base import Changes, FamilySpec, Source, check_family, locate
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,16 @@ class Altered:
             return _single.part(path, cls, component, dtype, config)
         except FinetuneError as e:
             raise FinetuneError(f"base.{part}: {str(e).removeprefix('base.path: ')}") from None
+
+
+def opened(spec: FamilySpec, path: str, revision: str | None, variant: str | None, changes: Changes) -> Source | Altered:
+    """The source of a family's base with these changes. Raises FinetuneError for one of another family, and for parts that are
+    missing or of different models."""
+    source = locate(path, revision, variant)
+    check_family(source, spec, registry.names("families"))
+    source = altered(source, spec, changes)
+    check_widths(source, spec)
+    return source
 
 
 def altered(source: Source, spec: FamilySpec, changes: Changes) -> Source | Altered:

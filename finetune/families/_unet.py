@@ -9,13 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from finetune import registry
 from finetune.batch import Conditioning, joined
 from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
 from finetune.families import _beside, _clip, _control, _latents
-from finetune.families._altered import altered, check_widths
-from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
+from finetune.families._altered import opened
+from finetune.families.base import Changes, FamilySpec, Source, save, sketch, tokenizer, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
 
@@ -189,10 +188,7 @@ def noising(config) -> Discrete:
 def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | None = None,
             variant: str | None = None, changes: Changes = Changes()) -> UNetFamily:
     """The base without its parts and their weights: enough to count tokens and to plan sizes."""
-    source = locate(path, revision, variant)
-    check_family(source, spec, registry.names("families"))
-    source = altered(source, spec, changes)
+    source = opened(spec, path, revision, variant, changes)
     words = {part: source.tokenizer(tokenizer(spec, part)) for part in text}
-    check_widths(source, spec)
     return UNetFamily(spec, text, source, {}, words, source.scheduler(),
                       source.scheduler("low_res_scheduler") if spec.name == "upscaler" else None)

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from finetune import registry
 from finetune.batch import Conditioning
 from finetune.diffusion.path import RectifiedFlow
 from finetune.errors import FinetuneError
 from finetune.families import _clip, _latents, base
 from finetune.families._clip import Clip
-from finetune.families._altered import altered, check_widths
-from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
+from finetune.families._altered import opened
+from finetune.families.base import Changes, FamilySpec, Source, save, sketch, tokenizer, vocabulary
 from finetune.tokens import Learned
 
 # Where text and picture meet; without patterns that not every version has: only 3.5 medium has an attn2, of the picture alone.
@@ -165,12 +164,9 @@ def noising(config) -> RectifiedFlow:
 
 def outline(path: str, revision: str | None = None, variant: str | None = None, changes: Changes = Changes()) -> Sd3:
     """The base without its parts and their weights: enough to count tokens and to plan sizes."""
-    source = locate(path, revision, variant)
-    check_family(source, SPEC, registry.names("families"))
-    source = altered(source, SPEC, changes)
+    source = opened(SPEC, path, revision, variant, changes)
     spoken = [*CLIPS, *(["text_3"] if source.has("text_encoder_3") and source.has("tokenizer_3") else [])]
     words = {part: source.tokenizer(tokenizer(SPEC, part)) for part in spoken}
-    check_widths(source, SPEC)
     return Sd3(source, {}, words, source.scheduler())
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from finetune import __version__
-from finetune.artifact import WHOLE, Artifact, modules, weights_of
-from finetune.change import core
+from finetune.artifact import Artifact, weights_of
 from finetune.data.loader import Stream
 from finetune.disk import write_text
 from finetune.errors import FinetuneError
@@ -115,17 +114,11 @@ def said(run: Run, method) -> dict[str, dict[float, torch.Tensor]]:
 
 def check(artifact: Artifact) -> None:
     """Raise FinetuneError for an adapter that is not finite, as it is or multiplied out, or changes nothing."""
-    bad, moved = [name for name, t in artifact.tensors.items() if not t.isfinite().all()], False
-    whole = artifact.kind in (*WHOLE, "embedding")
-    for (part, path), module in modules(artifact.tensors).items() if not whole else ():
-        change = core(module)
-        moved |= bool(change.any())
-        bad += [] if change.isfinite().all() else [f"{part}.{path}"]
-    if bad:
-        raise FinetuneError(f"{len(bad)} trained tensors are not finite ({min(bad)}, …): no adapter is written; "
-                            "lower train.learning_rate and start again with --fresh")
-    if not (whole or moved):
-        raise FinetuneError("the adapter changes nothing: no adapter is written; raise train.learning_rate or train.max_steps")
+    advice = {"finite": "lower train.learning_rate and start again with --fresh",
+              "not zero": "raise train.learning_rate or train.max_steps"}
+    for each in verify.numbers(artifact):
+        if not each.passed:
+            raise FinetuneError(f"{each.name}: {each.found}: no adapter is written; {advice[each.name]}")
 
 
 def metadata(run: Run) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What a run stands on: the recipe's pictures in their order, and the base, before a method changes it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -262,19 +262,22 @@ def encoded(ground: Ground, trains: tuple[str, ...], steps: int, accelerator: Ac
     return replace(ground, streams=known[:len(ground.streams)], validation=known[-1] if ground.validation else None)
 
 
-def let_go(recipe: Recipe, ground: Ground, trains: tuple[str, ...]) -> None:
-    """Free the parts that no step needs; who asks for one later gets it loaded anew. All stay for previews, for a model that
-    is written as a whole, and where adapters were merged into the base, which loading anew would not have."""
+def needed(recipe: Recipe, trains: tuple[str, ...], parts: Iterable[str], latents: bool, texts: bool) -> set[str]:
+    """The parts that steps need where `latents` and `texts` are known beforehand. All stay for previews, for a model that is
+    written as a whole, and where adapters were merged into the base, which loading anew would not have."""
     if recipe.every.preview or recipe.base.adapters or any(method.kind == "full" for method in recipe.method):
-        return
-    needed = set(trains)
-    if recipe.objective.kind == "denoise":
-        told = [stream.encoded for stream in ground.all]
-        latents = all(own.latents for own in told) and not ground.family.shows
-        needed |= {"denoiser"} | (set() if latents else {"vae"})
-        needed |= set() if all(own.text for own in told) else ground.family.parts.keys() - {"denoiser", "vae"}
-    for part in ground.family.parts.keys() - needed:
-        ground.family.parts.let_go(part, ground.weights[part])
+        return set(parts)
+    if recipe.objective.kind != "denoise":
+        return set(trains)
+    return {*trains, "denoiser", *(() if latents else ("vae",)), *(() if texts else {*parts} - {"denoiser", "vae"})}
+
+
+def let_go(recipe: Recipe, ground: Ground, trains: tuple[str, ...]) -> None:
+    """Free the parts that no step needs; who asks for one later gets it loaded anew."""
+    told, parts = [stream.encoded for stream in ground.all if stream.encoded], ground.family.parts
+    latents = all(own.latents for own in told) and not ground.family.shows
+    for part in {*parts} - needed(recipe, trains, parts, latents, all(own.text for own in told)):
+        parts.let_go(part, ground.weights[part])
 
 
 def encoders(ground: Ground, device_type: str) -> tuple[str, str]:

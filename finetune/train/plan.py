@@ -141,7 +141,7 @@ def needs(recipe: Recipe) -> Need:
             weights["control"] = size(family.parts["control"])
         networks = objective.networks if objective else {}
         weights |= {name: size(network) for name, network in networks.items()}
-        denoiser, vae = family.parts["denoiser"], family.parts["vae"]
+        vae = family.parts["vae"]
         own = [*method.parameters().values()]
         parameters = own + [p for network in networks.values() for p in network.parameters()]
         count = sum(p.numel() for p in parameters)
@@ -166,15 +166,14 @@ def needs(recipe: Recipe) -> Need:
             with torch.no_grad():
                 phases["caching"] = everything - weights["denoiser"] + live.over(lambda: vae.encode(drawn(1)).latent_dist.mean)
         if recipe.train.gradient_checkpointing:
-            (denoiser if denoises else vae).enable_gradient_checkpointing()
-            for part in {*method.trains} & {"control"}:
-                family.parts[part].enable_gradient_checkpointing()
+            method.compute_twice(family)
         for part in method.trains:
             family.parts[part].train()
         light = lean() if wanted(recipe.train, device.best()) else nullcontext()    # as on this machine
         with counter() as flops, light:
             step = live.over(lambda: one_step(recipe, parameters, loss))
-        held = sum(weights[part] for part in kept(recipe, method, weights) | networks.keys()) + adapters + state
+        kept = ground.needed(recipe, method.trains, weights, latents=recipe.data.crop != "random", texts=True)
+        held = sum(weights[part] for part in kept | networks.keys()) + adapters + state
         phases["training"] = held + copy + step
         stepping = [p.nbytes + 8 * p.numel() * (p.dtype == torch.bfloat16) for p in parameters]     # bfloat16 steps in float32
         phases["optimizer step"] = held + copy + (max if recipe.train.gradient_release else sum)(stepping)
@@ -216,16 +215,6 @@ def install(recipe: Recipe, family) -> Together:
                               if words.kind == "embedding" for name, token in words.tokens.items()})
     together.install(family)
     return together
-
-
-def kept(recipe: Recipe, method: Together, weights: dict[str, int]) -> set[str]:
-    """The parts that the steps have in memory: see ground.let_go."""
-    if recipe.every.preview or recipe.base.adapters or any(words.kind == "full" for words in recipe.method):
-        return set(weights)
-    found = set(method.trains)
-    if method.objective == "denoise":
-        found |= {"denoiser"} | ({"vae"} if recipe.data.crop == "random" else set())
-    return found
 
 
 def decoding(recipe: Recipe):

@@ -120,8 +120,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     loader = Loader(base.streams, train.batch_size, train.gradient_accumulation, accelerator.process_index,
                     accelerator.num_processes, recipe.data.workers)
     if train.gradient_checkpointing:
-        for part in {"denoiser" if method.objective == "denoise" else "vae"} | {*method.trains} & {"control"}:
-            family.parts[part].enable_gradient_checkpointing()
+        method.compute_twice(family)
     if train.compile:
         compile_blocks(family.parts["denoiser"], accelerator.device, cache.home().parent / "compiled")
     parameters = method.parameters()

@@ -40,6 +40,11 @@ class Together:
         for method in sorted(self.methods, key=lambda method: method.kind == "embedding"):      # peft freezes what it meets
             method.install(family)
 
+    def compute_twice(self, family) -> None:
+        """Keep no activations of the networks that gradients go through."""
+        for part in {"denoiser" if self.objective == "denoise" else "vae"} | {*self.trains} & {"control"}:
+            family.parts[part].enable_gradient_checkpointing()
+
     def groups(self, learning_rate: float, steps: int) -> list[dict]:
         """Optimizer groups: `params`, `peak_lr`, and `until`, the step after which they rest."""
         return [group | {"peak_lr": group["lr"], "until": round(method.words.until * steps)}
