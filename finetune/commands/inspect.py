@@ -19,7 +19,6 @@ LONGEST_VALUE = 2000  # characters of one metadata value on the screen; --json h
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.epilog = ("Of a LoRA, LoHa, LoKr or difference the tensors are read and measured; of other files, "
                      "and with --header, only the header.")
     parser.add_argument("file", type=Path, help="a .safetensors file")

@@ -103,7 +103,6 @@ def known(base: str) -> Known:
 
 
 def text(args, name: str, base: Known, index, out: Path) -> str:
-    """The recipe as YAML with comments."""
     quote = lambda value: json.dumps(value, ensure_ascii=False)     # noqa: E731   JSON's strings are YAML's
     count, goal, tiny = len(index), args.goal, base.path == "tiny"
     columns = set.intersection(*(set(index.columns(i)) for i in range(min(count, 1000))))

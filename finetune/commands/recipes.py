@@ -7,7 +7,6 @@ from finetune.terminal import folded
 
 
 def add_arguments(parser) -> None:
-    """Declare the command's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions (none: list)")
     copy = actions.add_parser("copy", help="copy a recipe; an existing file is never overwritten")
     copy.add_argument("name", metavar="NAME", help="a recipe from the list")
@@ -28,7 +27,6 @@ def run(args) -> int:
 
 
 def copy_to(recipe: Path, to: Path | None) -> Path:
-    """Copy a recipe file and return where it went."""
     target = to or Path(recipe.name)
     if target.is_dir():
         target = target / recipe.name

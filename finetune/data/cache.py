@@ -34,7 +34,6 @@ Entry = dict[str, Tensor]
 
 
 def home() -> Path:
-    """The folder of the cache."""
     return memory.home() / "encoded"
 
 

@@ -99,7 +99,6 @@ class Index:
 
 
 def concatenated(indexes: list[Index]) -> Index:
-    """The examples of several indexes, one after another."""
     tables, places, notes = [], [], []
     for index in indexes:
         shifted = pa.array(index.source + len(places), pa.int16())

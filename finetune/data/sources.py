@@ -28,7 +28,7 @@ def locate(source: Images):
         if not files:
             raise FinetuneError(f"no file fits {path}{_near(path)}")
         place = Shards.of(path, files)
-    elif is_saved(path):
+    elif any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):     # `save_to_disk`'s
         from finetune.data.tabular import saved
         return saved(path, source)
     elif os.path.isdir(path):
@@ -45,13 +45,7 @@ def locate(source: Images):
     return place
 
 
-def is_saved(path: str) -> bool:
-    """Whether `save_to_disk` made this folder."""
-    return any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
-
-
 def _near(path: str) -> str:
-    """The nearest of the names that are there."""
     folder, name = os.path.split(path.rstrip(os.sep))
     try:
         return nearest(name, (n for n in os.listdir(folder or ".") if not n.startswith(".")))

@@ -97,7 +97,6 @@ class Saved:
 
 
 def saved(path: str, source) -> Saved:
-    """A folder that `save_to_disk` made."""
     if source.streaming:
         raise FinetuneError(f"streaming goes with a hub id, but {path} is a saved dataset")
     try:

@@ -13,7 +13,9 @@ from torch import nn
 
 from finetune import registry
 from finetune.errors import FinetuneError
+from finetune.header import read_header
 from finetune.families import _single
+from finetune.families._identify import identify
 from finetune.families._quantized import quantize
 from finetune.families.base import Changes, FamilySpec, Source, check_family, locate
 
@@ -37,8 +39,9 @@ class Altered:
         found = list(self.source.notes)
         for component, part in self.replaced.items():
             unsure = "; a file does not say how its latents are scaled: it is taken for one of this family"
-            bare = part == "vae" and not _single.says_scale(self.path_of(component))
-            found.append(f"its {part} is that of {self.path_of(component).name}" + unsure * bare)
+            path = self.path_of(component)
+            bare = part == "vae" and path.is_file() and identify(read_header(path)).name is None
+            found.append(f"its {part} is that of {path.name}" + unsure * bare)
         return tuple(found)
 
     def path_of(self, component: str) -> Path:
@@ -76,7 +79,6 @@ class Altered:
         return getattr(diffusers, config["_class_name"]).from_config(config)
 
     def load(self, cls: type, component: str, dtype: torch.dtype) -> nn.Module:
-        """As `Source.load`."""
         load = self.replacement if component in self.replaced else self.source.load
         found = load(cls, component, dtype)
         if component.startswith("text_encoder"):
@@ -100,13 +102,10 @@ class Altered:
 
 
 def opened(spec: FamilySpec, path: str, revision: str | None, variant: str | None, changes: Changes) -> Source | Altered:
-    """The source of a family's base with these changes. Raises FinetuneError for one of another family, and for parts that are
-    missing or of different models."""
+    """The source of a family's base with these changes. Raises FinetuneError for one of another family, and as `altered`."""
     source = locate(path, revision, variant)
     check_family(source, spec, registry.names("families"))
-    source = altered(source, spec, changes)
-    check_widths(source, spec)
-    return source
+    return altered(source, spec, changes)
 
 
 def altered(source: Source, spec: FamilySpec, changes: Changes) -> Source | Altered:

@@ -242,11 +242,6 @@ def folder_of(path: Path, component: str) -> Path | None:
     return (path / component if (path / component).is_dir() else path) if path.is_dir() else None
 
 
-def says_scale(path: Path) -> bool:
-    """Whether a VAE comes with the factor that its latents are scaled by: a folder does, and a whole model of a known family."""
-    return path.is_dir() or identify(read_header(path)).name is not None
-
-
 def _same_scale(path: Path, own: dict, config: dict) -> None:
     for key, usual in (("scaling_factor", 0.18215), ("shift_factor", None)):      # what diffusers takes where a config is silent
         if (mine := own.get(key, usual)) != (base := config.get(key, usual)):

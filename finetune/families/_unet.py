@@ -13,7 +13,7 @@ from finetune.batch import Conditioning, joined
 from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
 from finetune.families import _beside, _clip, _control, _latents
-from finetune.families._altered import opened
+from finetune.families._altered import check_widths, opened
 from finetune.families.base import Changes, FamilySpec, Source, save, sketch, tokenizer, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
@@ -103,7 +103,6 @@ class UNetFamily:
 
     @property
     def kinds(self) -> dict[str, type[nn.Module]]:
-        """The class of each part."""
         import diffusers
         import transformers
 
@@ -112,7 +111,6 @@ class UNetFamily:
         return {"denoiser": diffusers.UNet2DConditionModel, **text, "vae": diffusers.AutoencoderKL}
 
     def load_part(self, part: str, dtype: torch.dtype) -> nn.Module:
-        """A part as the source has it."""
         # In float16 the VAE of SDXL overflows: its config says so, and its pipeline would widen it for each picture.
         wide = part == "vae" and dtype == torch.float16 and "text_2" in self.text and self.vae_config.get("force_upcast", True)
         found = self.source.load(self.kinds[part], self.spec.components[part], torch.float32 if wide else dtype)
@@ -124,12 +122,13 @@ class UNetFamily:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is worth saying before a run."""
         return self.source.notes
 
     def beside(self, shown: Tensor, seed: int, positions: list[int]) -> dict[str, Tensor]:
         """What the data room shows, as fields of the Conditioning."""
-        make = {"hole": _beside.painting, "small": _beside.enlarging, None: _beside.following}[self.shows]
+        if self.shows is None:      # the condition of a control branch, as it is
+            return {"control": shown}
+        make = {"hole": _beside.painting, "small": _beside.enlarging}[self.shows]
         return make(self, shown, seed, positions)
 
     def denoise(self, x_BChw: Tensor, t_B: Tensor, conditioning: Conditioning, geometry_B6: Tensor) -> Tensor:
@@ -190,5 +189,6 @@ def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | 
     """The base without its parts and their weights: enough to count tokens and to plan sizes."""
     source = opened(spec, path, revision, variant, changes)
     words = {part: source.tokenizer(tokenizer(spec, part)) for part in text}
+    check_widths(source, spec)
     return UNetFamily(spec, text, source, {}, words, source.scheduler(),
                       source.scheduler("low_res_scheduler") if spec.name == "upscaler" else None)

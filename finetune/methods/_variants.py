@@ -158,7 +158,6 @@ VARIANTS = {
 
 
 def tensor(layer: nn.Module, role: str) -> nn.Parameter:
-    """The parameter of a layer that has this role."""
     own = getattr(layer, role)
     if isinstance(own, nn.ModuleDict):
         return own[NAME].weight

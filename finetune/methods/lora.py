@@ -126,7 +126,6 @@ class Lora:
 
     @contextmanager
     def at(self, strength: float):
-        """Inside, the difference is multiplied by `strength`."""
         self.strength = strength
         try:
             yield

@@ -53,15 +53,15 @@ def subjects(words: Sequence[str]) -> list[Subject]:
     """The base, then each FILE[:STRENGTH] or run folder, all under different names. Raises FinetuneError."""
     found = [Subject("base", [])]
     for word in words:
-        one = of_run(Path(word)) if Path(word).is_dir() else of_file(*adapters.named(word))
+        if Path(word).is_dir():
+            one = of_run(Path(word))
+        else:
+            path, strength = adapters.named(word)
+            one = Subject(path.stem if strength == 1 else f"{path.stem}-strength{strength:.15g}", [(path, strength)])
         taken = {other.name for other in found}
         names = [one.name, *(f"{one.name}-{number}" for number in range(2, len(words) + 2))]
         found.append(Subject(next(name for name in names if name not in taken), one.files))
     return found
-
-
-def of_file(path: Path, strength: float) -> Subject:
-    return Subject(path.stem if strength == 1 else f"{path.stem}-strength{strength:.15g}", [(path, strength)])
 
 
 def of_run(folder: Path) -> Subject:

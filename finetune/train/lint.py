@@ -200,7 +200,6 @@ def buckets(stream: Stream) -> list[dict]:
 
 
 def plan(stream: Stream, recipe: Recipe) -> dict:
-    """How the steps of one process go over the pictures."""
     steps, epoch = recipe.train.max_steps, stream.order.steps
     found = {"steps": steps, "size": stream.order.size, "epoch": epoch,
              "seen": [(source.path, steps / epoch * source.repeats) for source in recipe.data.images]}

@@ -198,7 +198,6 @@ def counter() -> FlopCounterMode:
 
 
 def largest(recipe: Recipe) -> tuple[int, int]:
-    """Height and width of the recipe's largest bucket."""
     if not (buckets := recipe.data.buckets):
         return recipe.data.resolution, recipe.data.resolution
     known = sizes(recipe.data.resolution, buckets.step, buckets.shortest, buckets.longest)
@@ -224,7 +223,6 @@ def decoding(recipe: Recipe):
 
 
 def one_step(recipe: Recipe, parameters: list[torch.nn.Parameter], loss: Callable[[], Tensor]) -> None:
-    """Forward and backward of a batch."""
     with released(parameters, lambda norm: None) if recipe.train.gradient_release else nullcontext():
         loss().backward()
     for p in parameters:

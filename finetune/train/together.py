@@ -58,7 +58,6 @@ class Together:
             method.after_step()
 
     def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
-        """Each file's name, "" for the run's own, and what is in it."""
         return {name: artifact for method in self.methods for name, artifact in method.export(metadata).items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:

@@ -273,7 +273,6 @@ def probe(family) -> Tensor:
 
 @torch.no_grad()
 def drawn(vae) -> Tensor:
-    """What a VAE makes of a fixed latent."""
     z = noise.normal((vae.config.latent_channels, 8, 8), 0, [0, 1], "verify").to(vae.device, vae.dtype)
     with resting({"vae": vae}):
         return vae.decode(z).sample.float()
