@@ -3,6 +3,7 @@
 Shapes: B batch · L tokens · D text width · P pooled width · C latent channels · H W pixels · h w = H W / VAE stride.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal
 
@@ -42,7 +43,7 @@ class UNetFamily:
     moments, latents = _latents.moments, _latents.sample
     pieces, sketch, save = _clip.pieces, sketch, save
 
-    def __init__(self, spec: FamilySpec, text: dict[str, Clip], source: Source, parts: dict[str, nn.Module],
+    def __init__(self, spec: FamilySpec, text: Mapping[str, Clip], source: Source, parts: dict[str, nn.Module],
                  tokenizers: dict[str, object], scheduler, small_scheduler=None):
         self.spec, self.text, self.source, self.parts = spec, text, source, parts
         self.tokenizers, self.scheduler, self.small_scheduler = tokenizers, scheduler, small_scheduler
@@ -184,8 +185,8 @@ def noising(config) -> Discrete:
         raise FinetuneError(f"base.path: its scheduler: {e}") from None
 
 
-def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | None = None,
-            variant: str | None = None, changes: Changes = Changes()) -> UNetFamily:
+def outline(spec: FamilySpec, path: str, revision: str | None = None, variant: str | None = None,
+            changes: Changes = Changes(), text: Mapping[str, Clip] = {"text": Clip()}) -> UNetFamily:
     """The base without its parts and their weights: enough to count tokens and to plan sizes."""
     source = opened(spec, path, revision, variant, changes)
     words = {part: source.tokenizer(tokenizer(spec, part)) for part in text}

@@ -22,9 +22,9 @@ def adamw(groups: list[dict], betas: Betas, weight_decay: float) -> Optimizer:
 
 
 def of_bitsandbytes(groups: list[dict], betas: Betas, weight_decay: float, name: str) -> Optimizer:
-    """AdamW with blockwise 8-bit state (Dettmers et al. 2022), or Lion (Chen et al. 2023, algorithm 2), the sign of the momentum,
-    so that every element moves by the whole learning rate; with 8-bit momentum too. `min_8bit_size=1`: by default bitsandbytes
-    keeps 32 bits for parameters below 4 096 elements, which most LoRA matrices are, and says nothing."""
+    """AdamW with blockwise 8-bit state (Dettmers et al. 2022), or Lion (Chen et al. 2023, algorithm 2), the sign of the
+    momentum, so that every element moves by the whole learning rate; with 8-bit momentum too. `min_8bit_size=1`: by default
+    bitsandbytes keeps 32 bits for parameters below 4 096 elements, which most LoRA matrices are, and says nothing."""
     make = getattr(_extra(name.lower(), "bitsandbytes.optim", "8bit"), name)
     return make(groups, betas=betas, weight_decay=weight_decay, **({"min_8bit_size": 1} if name.endswith("8bit") else {}))
 
@@ -64,8 +64,8 @@ def sgd(groups: list[dict], betas: None, weight_decay: float) -> Optimizer:
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay)
 
 
-OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor, "prodigy": prodigy, "schedule_free_adamw": schedule_free_adamw, "sgd": sgd,
-              **{name.lower(): partial(of_bitsandbytes, name=name) for name in ("AdamW8bit", "Lion", "Lion8bit")}}
+OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor, "prodigy": prodigy, "schedule_free_adamw": schedule_free_adamw,
+              "sgd": sgd, **{name.lower(): partial(of_bitsandbytes, name=name) for name in ("AdamW8bit", "Lion", "Lion8bit")}}
 
 
 def state_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict]:

@@ -87,8 +87,8 @@ class Base(Fields):
     @classmethod
     def misfit(cls, name: str, value, known: dict) -> str | None:
         if name == "quantize" and value and known.get("adapters"):
-            return ("base.adapters cannot be merged into few bits; merge them first, with `finetune merge`, and give what that "
-                    "writes as base.path")
+            return ("base.adapters cannot be merged into few bits; merge them first, with `finetune merge`, and give what "
+                    "that writes as base.path")
 
     @property
     def parts(self) -> dict[str, str]:
@@ -173,8 +173,8 @@ class Recipe(Fields):
         different(kinds)
         base, data, control = known.get("base"), known.get("data"), "control" in kinds
         if base and base.quantize and (own := {"full", "control", "vae_decoder"} & set(kinds)):
-            return (f"{own.pop()} trains weights of the base, or a copy, which base.quantize: {base.quantize} holds in few bits; "
-                    "leave one of them out")
+            return (f"{own.pop()} trains weights of the base, or a copy, which base.quantize: {base.quantize} holds in few "
+                    "bits; leave one of them out")
         if data and control != bool(data.condition):
             return "control wants data.condition, a folder with what it is to see of each picture" if control else \
                 "data.condition is for the method control; leave it out"
@@ -186,8 +186,8 @@ class Recipe(Fields):
         if train.compile and "vae_decoder" in _kinds(known):
             return "compile: is of the denoiser, which vae_decoder does not run; leave it out"
         if train.gradient_release and "data" in known and known["data"].prior:
-            return ("gradient_release: data.prior adds a batch to each step, and there is no gradient to add up with; leave one "
-                    "of the two out")
+            return ("gradient_release: data.prior adds a batch to each step, and there is no gradient to add up with; leave "
+                    "one of the two out")
 
     @staticmethod
     def _preview(preview: Preview, known: dict) -> str | None:

@@ -128,8 +128,8 @@ class Train(Fields):
         if name == "warmup_steps" and most and value > most:
             return f"{value} is more than train.max_steps, which is {most}"
         if name == "schedule" and optimizer == "schedule_free_adamw" and value.kind != "constant":
-            return (f"{value.kind} does not fit schedule_free_adamw, which averages over the run in place of a schedule; leave "
-                    "it out, or give warmup_steps alone")
+            return (f"{value.kind} does not fit schedule_free_adamw, which averages over the run in place of a schedule; "
+                    "leave it out, or give warmup_steps alone")
         if name == "schedule" and value.cycles and None not in (most, warmup) and value.cycles > most - warmup:
             return f"{value.cycles} cycles do not fit in the {most - warmup} steps after the warm-up"
         if name == "betas" and value and optimizer and optimizer not in BETAS:
