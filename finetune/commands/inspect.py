@@ -1,7 +1,5 @@
 """Say what a safetensors file is: method, family, format, rank, norms, metadata, problems."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """A base that is not taken as it is: with parts from elsewhere, without the last layers of its text encoder, in few bits."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass

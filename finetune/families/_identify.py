@@ -3,8 +3,6 @@
 Nothing here needs torch; names of files are not looked at.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

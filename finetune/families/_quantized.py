@@ -5,8 +5,6 @@ ever saw (4 bits), and on some CPUs rewrite their weight once they are used for 
 it was previewed (0.50). These give the same in training and at rest, on any device, and to every method a `weight`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import contextmanager
 
