@@ -75,6 +75,9 @@ class Stream:
             where = tuple(noise.uniform(self.order.seed, position, f"crop {axis}") for axis in "yx")
         return plan_crop(int(self.index.width[example]), int(self.index.height[example]), size, where)
 
+    def flipped(self, position: int) -> bool:
+        return self.view.flip and noise.uniform(self.order.seed, position, "flip") < 0.5
+
     def caption(self, example: int, position: int) -> str:
         return self.captions.caption(self.index.columns(example), self.order.seed, position)
 
@@ -87,7 +90,7 @@ class Stream:
     def batch(self, chosen: dict[int, int], share: float) -> Batch:
         seed, positions = self.order.seed, list(chosen)
         crops = [self.crop(example, position) for position, example in chosen.items()]
-        flips = [self.view.flip and noise.uniform(seed, position, "flip") < 0.5 for position in positions]
+        flips = [self.flipped(position) for position in positions]
         captions = [self.caption(example, position) for position, example in chosen.items()]
         pixels = latents = shown = conditioning = None
         if self.encoded and self.encoded.latents:

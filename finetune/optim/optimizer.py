@@ -64,8 +64,9 @@ def sgd(groups: list[dict], betas: None, weight_decay: float) -> Optimizer:
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay)
 
 
-OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor, "prodigy": prodigy, "schedule_free_adamw": schedule_free_adamw,
-              "sgd": sgd, **{name.lower(): partial(of_bitsandbytes, name=name) for name in ("AdamW8bit", "Lion", "Lion8bit")}}
+OPTIMIZERS = {"adamw": adamw,
+              **{name.lower(): partial(of_bitsandbytes, name=name) for name in ("AdamW8bit", "Lion", "Lion8bit")},
+              "adafactor": adafactor, "prodigy": prodigy, "schedule_free_adamw": schedule_free_adamw, "sgd": sgd}
 
 
 def state_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict]:
