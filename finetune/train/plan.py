@@ -32,7 +32,7 @@ from finetune.train import ground
 from finetune.train.lean import lean, wanted
 from finetune.train.release import released
 from finetune.train.sampling import previews
-from finetune.train.together import Together, built
+from finetune.train.together import built
 
 STATE = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "lion": 4, "lion8bit": 1 + 4 / 256, "adafactor": 0, "prodigy": 16,
          "schedule_free_adamw": 8, "sgd": 4}        # bytes of the optimizer for each number that is trained
@@ -135,7 +135,10 @@ def needs(recipe: Recipe) -> Need:
                 for name in family.parts.keys() - {"vae"}:
                     quantize(family.parts[name], recipe.base.quantize)
             weights = {name: size(part) for name, part in family.parts.items()}
-            method = install(recipe, family)
+            # A token for each value of a column counts as one, since pictures are not looked at.
+            method = built(recipe, {name: token.model_copy(update={"init": token.init or "a"}) for words in recipe.method
+                                    if words.kind == "embedding" for name, token in words.tokens.items()})
+            method.install(family)
             objective = decoding(recipe) if method.objective == "decode" else None
         if "control" in family.parts:
             weights["control"] = size(family.parts["control"])
@@ -206,14 +209,6 @@ def largest(recipe: Recipe) -> tuple[int, int]:
 
 def size(part: torch.nn.Module) -> int:
     return sum(t.nbytes for t in (*part.parameters(), *part.buffers()))
-
-
-def install(recipe: Recipe, family) -> Together:
-    """The recipe's methods; a token for each value of a column counts as one, since pictures are not looked at."""
-    together = built(recipe, {name: token.model_copy(update={"init": token.init or "a"}) for words in recipe.method
-                              if words.kind == "embedding" for name, token in words.tokens.items()})
-    together.install(family)
-    return together
 
 
 def decoding(recipe: Recipe):
