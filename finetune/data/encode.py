@@ -86,7 +86,7 @@ def every_caption(streams: Iterable[tuple[Index, Captions]]) -> dict[str, str]:
 
 
 def pictures(index: Index, sizes: np.ndarray, view: View, moments: Callable[[Tensor], Tensor], quiet: bool,
-             cache: Cache | None = None, encoder: str = "", unit: str = "img") -> Callable[[int, bool], Entry]:
+             cache: Cache | None = None, encoder: str = "") -> Callable[[int, bool], Entry]:
     """(example's number, mirrored) → `moments`, the posterior's (2C, h, w), and `mask` (1, h, w) where there are masks.
 
     One picture at a time, so that its latents do not depend on its neighbours. Raises FinetuneError, naming the file,
@@ -112,7 +112,7 @@ def pictures(index: Index, sizes: np.ndarray, view: View, moments: Callable[[Ten
 
     rows = Rows(cache or Cache(), "moments", keys(index, sizes, view, encoder), make)
     with ThreadPoolExecutor(READERS) as pool:   # the next pictures are read while one is encoded
-        rows.fill(quiet, unit, lambda missing: ahead(pool, pixels, missing, 2 * READERS))
+        rows.fill(quiet, "img", lambda missing: ahead(pool, pixels, missing, 2 * READERS))
     return lambda number, mirrored: rows[number * variants + mirrored]
 
 

@@ -123,7 +123,10 @@ class Memory:
         known = self.load(kind, name)
         if known is None:
             known = pa.schema([*LISTED, *schema]).empty_table()
-        at, portions, forget = same(known, listed), [known.select(schema.names)], []
+        at = find(listed["name"], known["name"])        # what is known of each as it is now, or -1
+        for column in ("offset", "size", "stamp") if len(known) else ():
+            at = np.where(known[column].to_numpy()[at] == listed[column].to_numpy(), at, -1)
+        portions, forget = [known.select(schema.names)], []
         missing, count = np.flatnonzero(at < 0), len(known)
         try:
             for rows, batch, lasting in read(missing):
@@ -144,14 +147,6 @@ class Memory:
 
     def _file(self, kind: str, name: str) -> Path:
         return self.folder / f"{kind}-{name}.arrow"
-
-
-def same(known: pa.Table, listed: pa.Table) -> np.ndarray:
-    """For each listed file the row of `known` about it as it is now, or -1."""
-    at = find(listed["name"], known["name"])
-    for column in ("offset", "size", "stamp") if len(known) else ():
-        at = np.where(known[column].to_numpy()[at] == listed[column].to_numpy(), at, -1)
-    return at
 
 
 def portions(rows: np.ndarray, size: int) -> list[np.ndarray]:

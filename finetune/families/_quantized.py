@@ -41,10 +41,6 @@ class Packed(nn.Module):
         return torch.mul(numbers, scale[:, None] / 127, out=found).view(self.shape)
 
 
-    def extra_repr(self) -> str:
-        return self.kind
-
-
 def weight(layer: nn.Module) -> nn.Parameter:
     """The whole weight of a layer: a new one each time, unless `whole` holds one."""
     return layer.whole if "whole" in layer._parameters else nn.Parameter(layer.packed(), requires_grad=False)
