@@ -37,7 +37,7 @@ from finetune.data.loader import Encoded, Loader, Stream, View
 from finetune.data.order import Order
 from finetune.data.pictures import Reading, read
 from finetune.data.pixels import fit, plan_crop
-from finetune.data.sources import Source
+from finetune.recipe.data import Images
 
 VIEW = View(Reading(), False, False, None, 0.0, 8)
 CAPTIONS = Captions((("{text}", 1.0),))
@@ -152,7 +152,7 @@ def start(which: str, folder: str) -> None:
 
     def look() -> None:
         nonlocal index
-        index = build([Source(folder)], Reading(), None, print, True)
+        index = build([Images(path=folder)], Reading(), None, print, True)
 
     wall = once(look)
     own, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

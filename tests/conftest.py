@@ -181,11 +181,11 @@ def streamed():
     from finetune.data.loader import Stream, View
     from finetune.data.order import Order
     from finetune.data.pictures import Reading
-    from finetune.data.sources import Source
+    from finetune.recipe.data import Images
 
     def make(folder, resolution=16, step=None, size=4, seed=0, template="{text}", dropout=0.0, repeats=1, masks=None,
              **changes):
-        index = build([Source(str(folder), repeats=repeats)], Reading(), masks, lambda line: None, True)
+        index = build([Images(path=str(folder), repeats=repeats)], Reading(), masks, lambda line: None, True)
         assert not [note for note in index.notes if note.fatal], index.notes
         known = sizes(resolution, step) if step else np.array([[resolution] * 2])
         fitted = assign(index.height, index.width, known)

@@ -1,7 +1,5 @@
 """Numbers by name as bars, in the terminal and as a picture."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

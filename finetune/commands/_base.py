@@ -1,6 +1,4 @@
-"""What the commands share that open a base: the words for it, and the folder for what they make."""
-
-from pathlib import Path
+"""What the commands share that open a base: the words for it."""
 
 from finetune import registry
 from finetune.errors import FinetuneError, nearest
@@ -64,10 +62,3 @@ def dtype(name: str):
 def load(args, numbers):
     """The family over its base, in these numbers."""
     return registry.find("families", args.family).load(args.base, numbers, args.revision, args.variant, changes(args))
-
-
-def make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise FinetuneError(f"{folder} cannot be made: {e.strerror}") from None

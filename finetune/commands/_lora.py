@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import registry
-from finetune.artifact import WHOLE, modules, read_header
+from finetune.artifact import WHOLE, Artifact, modules, read_header
 from finetune.commands import _base
 from finetune.errors import FinetuneError
 from finetune.formats.base import identify
 
-if TYPE_CHECKING:  # both cost an import of torch
-    from finetune.artifact import Artifact
+if TYPE_CHECKING:  # it costs an import of torch
     from finetune.lowrank import Cut, LowRank
 
 # Of these a LoHa does not say whether its weight has a kernel.

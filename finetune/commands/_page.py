@@ -12,7 +12,6 @@ from html import escape
 from pathlib import Path
 
 import gradio as gr
-import jinja2
 from PIL import Image
 
 from finetune import device
@@ -25,23 +24,7 @@ from finetune.train.jobs import jobs
 
 SECONDS, TAIL = 2, 8000     # between two looks at the runs; bytes of a command's words that are shown
 THEME = gr.themes.Base(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-CSS = """.gradio-container { width: 100%; max-width: 1120px !important; margin: 0 auto !important; }
-.sampled .image-frame, .sampled img { width: 100% !important; height: auto !important; object-fit: contain !important; }
-.finetune { color: var(--ink); line-height: 1.5; overflow-wrap: anywhere; }
-.finetune .runs td { white-space: nowrap; }
-.finetune .runs td:first-child { white-space: normal !important; overflow-wrap: anywhere; min-width: 7em; }
-.finetune .bar, .finetune .bar i { display: block; height: 5px; border-radius: 3px; background: var(--line); }
-.finetune .bar i { background: var(--s0); } .finetune img { width: 100%; max-width: 640px; border-radius: 8px; }
-iframe.report { width: 100%; height: 85vh; border: 0; border-radius: 12px; }"""
-TABLE = jinja2.Environment(autoescape=True).from_string("""
-{% if rows %}<div class="card wide runs"><table><tr><th>run</th><th>step</th><th>loss</th><th>left</th></tr>
-{% for row in rows %}
-<tr><td>{{ row.run }}<div class="{{ "bad" if row.trouble else "soft" }}">{{ row.trouble or row.state }}</div></td>
-{% if not row.trouble %}<td>{{ row.step }} of {{ row.max_steps }}
-<div class="bar"><i style="width: {{ 100 * row.step / row.max_steps }}%"></i></div></td>
-<td>{{ "–" if row.loss is none else "%.4f" % row.loss }}</td>
-<td>{{ "" if row.seconds_left is none else clock(row.seconds_left) }}</td>{% endif %}</tr>
-{% endfor %}</table></div>{% else %}<p class="soft">No runs in runs/ yet: start a recipe under Train.</p>{% endif %}""")
+CSS = (Path(__file__).resolve().parent.parent / "assets" / "page.css").read_text(encoding="utf-8")
 
 
 def page() -> gr.Blocks:
@@ -147,7 +130,7 @@ def refresh(chosen: list[str], step: float, seen: dict) -> list:
     ends = {"minimum": steps[0], "maximum": steps[-1], "step": math.gcd(*(s - steps[0] for s in steps)), "value": step} \
         if len(steps) > 1 else {}
     marks = [(folder, step, len(report.previews(folder))) for folder in folders]
-    now = {"table": scoped(TABLE.render(rows=rows, clock=status.clock)), "chosen": gr.update(choices=names, value=chosen),
+    now = {"table": scoped(report.template("runs.html").render(rows=rows, clock=status.clock)), "chosen": gr.update(choices=names, value=chosen),
            "curves": curves_of(folders), "step": gr.update(visible=bool(ends), **ends),
            "previews": seen["previews"] if marks == seen.get("marks") else sheets(folders, step)}
     return [*(new if new != seen.get(key) else gr.skip() for key, new in now.items()),

@@ -24,10 +24,8 @@ def run(args) -> int:
     if args.gc:
         if not args.older_than >= 0:
             raise FinetuneError(f"--older-than {args.older_than:g}: a number of days, 0 or more")
-        try:
-            freed = cache.collect(cache.home(), args.older_than) + memory.collect(args.older_than)
-        except OSError as e:
-            raise FinetuneError(f"{e.filename}: cannot be removed: {e.strerror}") from None
+        freed = sum(memory.collect(folder, args.older_than)
+                    for folder in [cache.home(), *(memory.home() / kind for kind in memory.BESIDE)])
         print(f"freed     {freed / 1e6:,.1f} MB that were not used for {args.older_than:g} days")
     describe()
     return 0
@@ -70,6 +68,6 @@ def describe() -> None:
     print(f"cache     {memory.home()}")
     for kind, (entries, size) in sorted(cache.contents(cache.home()).items()):
         print(f"{kind:<9} {entries:,} entries, {size / 1e6:,.1f} MB")
-    for kind, paths in memory.contents().items():
-        what, size = "files" if kind == "index" else "folders", sum(map(memory.size, paths))
-        print(f"{kind:<9} {len(paths):,} {what}, {size / 1e6:,.1f} MB")
+    for kind, what in memory.BESIDE.items():
+        if paths := [*(memory.home() / kind).glob("*")]:
+            print(f"{kind:<9} {len(paths):,} {what}, {sum(map(memory.size, paths)) / 1e6:,.1f} MB")

@@ -67,7 +67,7 @@ def run(args) -> int:
     for one in who:
         for todo, places, what in ((wanted, files, ""), (plain, plainly, ", plain")):
             if todo:
-                _base.make(places[one.name][0].parent)
+                places[one.name][0].parent.mkdir(parents=True, exist_ok=True)
                 for _ in sampling.paint(family, loaded[one.name], todo, places[one.name], args.batch, f"{one.name}{what}"):
                     pass
     found = evaluate.measure(metrics, eyes, evaluate.painted(wanted, files, plainly, learned))

@@ -1,7 +1,5 @@
 """Say what a safetensors file is: method, family, format, rank, norms, metadata, problems."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -19,7 +17,6 @@ LONGEST_VALUE = 2000  # characters of one metadata value on the screen; --json h
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
     parser.epilog = ("Of a LoRA, LoHa, LoKr or difference the tensors are read and measured; of other files, "
                      "and with --header, only the header.")
     parser.add_argument("file", type=Path, help="a .safetensors file")

@@ -30,7 +30,6 @@ def run(args) -> int:
 
 
 def table(report) -> str:
-    """The report for people."""
     roles = {"learn": "learned", "validation": "held out", "class": "of the class"}
     lines = ["pictures  " + ", ".join(f"{count:,} {roles[role]}" for role, count in report.pictures.items())]
     if plan := report.plan:

@@ -63,7 +63,7 @@ def into_base(args, adapters: list[tuple[Path, float]]) -> int:
             overflow.append(part)
     if overflow:
         raise FinetuneError(f"merged weights of {', '.join(overflow)} are not finite in {args.dtype}; use --dtype float32")
-    _base.make(args.out.parent)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.out.suffix == ".safetensors":
         single_file.write(family, args.out, target, {"modelspec.title": args.out.stem})
     else:

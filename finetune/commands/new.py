@@ -73,9 +73,9 @@ def look(pictures: Path, say):
     """The index of the folder. Raises FinetuneError when it holds nothing to learn from."""
     from finetune.data.index import build
     from finetune.data.pictures import Reading
-    from finetune.data.sources import Source
+    from finetune.recipe.data import Images
 
-    index = build([Source(str(pictures))], Reading(), None, say, False, "pictures")
+    index = build([Images(path=str(pictures))], Reading(), None, say, False, "pictures")
     if not len(index):
         raise FinetuneError("\n    ".join([f"{pictures}: there is no picture that can be read",
                                            *(f"{note.name}: {note.text}" for note in index.notes[:5])]))
@@ -103,7 +103,6 @@ def known(base: str) -> Known:
 
 
 def text(args, name: str, base: Known, index, out: Path) -> str:
-    """The recipe as YAML with comments."""
     quote = lambda value: json.dumps(value, ensure_ascii=False)     # noqa: E731   JSON's strings are YAML's
     count, goal, tiny = len(index), args.goal, base.path == "tiny"
     columns = set.intersection(*(set(index.columns(i)) for i in range(min(count, 1000))))

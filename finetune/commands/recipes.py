@@ -7,7 +7,6 @@ from finetune.terminal import folded
 
 
 def add_arguments(parser) -> None:
-    """Declare the command's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions (none: list)")
     copy = actions.add_parser("copy", help="copy a recipe; an existing file is never overwritten")
     copy.add_argument("name", metavar="NAME", help="a recipe from the list")
@@ -28,7 +27,6 @@ def run(args) -> int:
 
 
 def copy_to(recipe: Path, to: Path | None) -> Path:
-    """Copy a recipe file and return where it went."""
     target = to or Path(recipe.name)
     if target.is_dir():
         target = target / recipe.name
@@ -37,6 +35,4 @@ def copy_to(recipe: Path, to: Path | None) -> Path:
             file.write(recipe.read_bytes())
     except FileExistsError:
         raise FinetuneError(f"{target}: exists and is not overwritten; choose another with --to") from None
-    except OSError as error:
-        raise FinetuneError(f"{target}: cannot be written: {error.strerror}") from None
     return target

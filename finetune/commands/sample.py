@@ -76,7 +76,7 @@ def run(args) -> int:
         wanted = sampling.settle(family, wanted)
         scheduler = sampling.scheduler(args.scheduler, family.scheduler) if args.scheduler else None
     for folder in [args.out, *([args.grid.parent] if args.grid else [])]:
-        _base.make(folder)
+        folder.mkdir(parents=True, exist_ok=True)
 
     columns = []
     for factor, paths in files.items():

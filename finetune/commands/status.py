@@ -34,7 +34,6 @@ def progress(row: dict) -> str:
 
 
 def runs() -> list[Path]:
-    """The run folders in runs/, by name."""
     return sorted(path.parent for path in Path("runs").glob("*/run.json"))
 
 

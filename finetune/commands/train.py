@@ -1,5 +1,6 @@
 """Train what a recipe says; the same command again continues a stopped run."""
 
+import os
 import signal
 import sys
 import time
@@ -36,7 +37,7 @@ def run(args) -> int:
     name = Path(args.recipe).stem
     folder = RunFolder(args.run or Path("runs") / name, name)
     with loaded.placing():
-        if processes.main():        # before torch is imported, which takes seconds
+        if os.environ.get("RANK", "0") == "0":      # the process that writes; before torch is imported, which takes seconds
             folder.lock([args.recipe, *(f"--set={setting}" for setting in args.overrides), f"--run={folder.root}"])
             folder.check_ours()
             folder.check_writable()

@@ -6,7 +6,6 @@ and its bytes; so whatever a kill, a full disk or a flipped bit leaves behind is
 
 import errno
 import json
-import os
 import secrets
 import shutil
 import threading
@@ -35,7 +34,6 @@ Entry = dict[str, Tensor]
 
 
 def home() -> Path:
-    """The folder of the cache."""
     return memory.home() / "encoded"
 
 
@@ -76,8 +74,8 @@ class Cache:
                     places[name][at] = rows[name]
                 places["shard"][at] = len(self.shards)
                 self.shards.append(shard)
-                with suppress(OSError):         # somebody else's cache may be read too
-                    os.utime(index)
+                memory.used(index)
+                memory.used(shard)
         return places
 
     def read(self, key: bytes, place: np.void) -> Entry | None:
@@ -183,30 +181,9 @@ def read_index(index: Path) -> np.ndarray:
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
     """Entries and bytes on disk of each kind."""
     found: dict[str, tuple[int, int]] = {}
-    for name, files in shards(folder).items():
-        kind = name.partition("-")[0]
-        entries, size = found.get(kind, (0, 0))
-        found[kind] = entries + len(read_index(folder / f"{name}.index")), size + sum(s.st_size for s in files.values())
-    return found
-
-
-def collect(folder: Path, days: float) -> int:
-    """Remove the shards that nobody has written or found anything in for that long; returns the bytes freed."""
-    freed = 0
-    for files in shards(folder).values():
-        if max(s.st_mtime for s in files.values()) <= time.time() - days * 86400:
-            for file, s in files.items():
-                file.unlink(missing_ok=True)
-                freed += s.st_size
-    return freed
-
-
-def shards(folder: Path) -> dict[str, dict[Path, os.stat_result]]:
-    """The files of each shard, the index first: data without a row is nothing, a row without data is damage."""
-    found: dict[str, dict[Path, os.stat_result]] = {}
-    for pattern in ("*.index", "*.data"):
-        for file in folder.glob(pattern):
-            with suppress(FileNotFoundError):       # another process collects too
-                stat = file.stat()
-                found.setdefault(file.stem, {})[file] = stat
+    for file in folder.glob("*-*"):
+        with suppress(FileNotFoundError):       # another process collects
+            entries, size = found.get(kind := file.name.partition("-")[0], (0, 0))
+            own = len(read_index(file)) if file.suffix == ".index" else 0
+            found[kind] = entries + own, size + file.stat().st_size
     return found

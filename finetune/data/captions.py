@@ -14,30 +14,10 @@ from string import Formatter
 
 from finetune.diffusion import noise
 from finetune.errors import FinetuneError
+from finetune.recipe.data import Tags
 
 # `{a|b}` with nothing that is still to be drawn inside: a `{name}` without alternatives is a word like any other.
 ALTERNATIVES = re.compile(r"\{((?:[^{}|]|\{[^{}|]*\})*\|(?:[^{}]|\{[^{}|]*\})*)\}")
-
-
-@dataclass(frozen=True)
-class Tags:
-    """A caption as a list of tags."""
-
-    separator: str = ","
-    shuffle: bool = False
-    keep: int = 0           # tags at the front that stay in place and are never dropped
-    dropout: float = 0.0    # share of the others that is left out
-
-    def drawn(self, caption: str, seed: int, position: int) -> str:
-        tags = [tag for part in caption.split(self.separator) if (tag := part.strip())]
-        kept, rest = tags[:self.keep], tags[self.keep:]
-        order, luck = range(len(rest)), [1.0] * len(rest)
-        if self.shuffle:
-            order = noise.permutation(len(rest), seed, position, "tag order").tolist()
-        if self.dropout:
-            luck = noise.generator(seed, position, "tag dropout").random(len(rest))
-        kept += [rest[n] for n in order if luck[n] >= self.dropout]
-        return f"{self.separator.rstrip()} ".join(kept)
 
 
 @dataclass(frozen=True)
@@ -106,10 +86,23 @@ class Captions:
         else:
             text = template.format_map(columns).strip()
         if self.tags:
-            text = self.tags.drawn(text, seed, position)
+            text = ordered(text, self.tags, seed, position)
         if self.trigger and not re.search(rf"(?<!\w){re.escape(self.trigger)}(?!\w)", text):
             text = f"{self.trigger}, {text}" if text else self.trigger
         return f"{self.prefix}{text}{self.suffix}".strip()
+
+
+def ordered(caption: str, how: Tags, seed: int, position: int) -> str:
+    """A caption that is a list of tags, as it is drawn."""
+    tags = [tag for part in caption.split(how.separator) if (tag := part.strip())]
+    kept, rest = tags[:how.keep], tags[how.keep:]
+    order, luck = range(len(rest)), [1.0] * len(rest)
+    if how.shuffle:
+        order = noise.permutation(len(rest), seed, position, "tag order").tolist()
+    if how.dropout:
+        luck = noise.generator(seed, position, "tag dropout").random(len(rest))
+    kept += [rest[n] for n in order if luck[n] >= how.dropout]
+    return f"{how.separator.rstrip()} ".join(kept)
 
 
 def resolved(text: str, pick: Callable[[list[str]], str]) -> str:

@@ -18,7 +18,7 @@ from finetune.batch import Conditioning
 from finetune.data.cache import Cache, Entry, Rows, key
 from finetune.data.captions import Captions
 from finetune.data.index import Index
-from finetune.data.loader import Stream, View, view_pixels
+from finetune.data.loader import Stream, View, ahead, view_pixels
 from finetune.data.pixels import plan_crop
 from finetune.data.tables import Note
 from finetune.errors import FinetuneError
@@ -86,7 +86,7 @@ def every_caption(streams: Iterable[tuple[Index, Captions]]) -> dict[str, str]:
 
 
 def pictures(index: Index, sizes: np.ndarray, view: View, moments: Callable[[Tensor], Tensor], quiet: bool,
-             cache: Cache | None = None, encoder: str = "", unit: str = "img") -> Callable[[int, bool], Entry]:
+             cache: Cache | None = None, encoder: str = "") -> Callable[[int, bool], Entry]:
     """(example's number, mirrored) → `moments`, the posterior's (2C, h, w), and `mask` (1, h, w) where there are masks.
 
     One picture at a time, so that its latents do not depend on its neighbours. Raises FinetuneError, naming the file,
@@ -112,17 +112,8 @@ def pictures(index: Index, sizes: np.ndarray, view: View, moments: Callable[[Ten
 
     rows = Rows(cache or Cache(), "moments", keys(index, sizes, view, encoder), make)
     with ThreadPoolExecutor(READERS) as pool:   # the next pictures are read while one is encoded
-        rows.fill(quiet, unit, lambda missing: _ahead(pool, pixels, missing))
+        rows.fill(quiet, "img", lambda missing: ahead(pool, pixels, missing, 2 * READERS))
     return lambda number, mirrored: rows[number * variants + mirrored]
-
-
-def _ahead(pool: ThreadPoolExecutor, work: Callable, items: list[int], depth: int = 2 * READERS) -> Iterator:
-    """work(item) for each item in turn, begun up to `depth` items early."""
-    futures = [pool.submit(work, item) for item in items[:depth]]
-    for item in items[depth:] + [None] * len(futures):
-        yield futures.pop(0).result()
-        if item is not None:
-            futures.append(pool.submit(work, item))
 
 
 def keys(index: Index, sizes: np.ndarray, view: View, encoder: str) -> Iterator[str]:

@@ -80,40 +80,32 @@ def here(tasks: list[np.ndarray], task: Task) -> Iterator[Found]:
 
 
 def elsewhere(tasks: list[np.ndarray], task: Task) -> Iterator[Found]:
-    """By as many processes as there are cores. When one dies, what it may have died of is looked at once more alone."""
+    """By as many processes as there are cores. When one dies, what it may have died of is looked at once more, picture by
+    picture in one process; what ends that too cannot be read. Raises FinetuneError when no process lives."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    waiting = deque(tasks)
-    while waiting:
+    waiting, suspects = deque(tasks), deque()
+    while todo := suspects or waiting:
         running: dict[Future, np.ndarray] = {}
-        with processes(min(cores, MANY)) as workers:
+        with processes(1 if todo is suspects else min(cores, MANY)) as workers:
             try:
-                while waiting or running:
-                    while waiting and len(running) < 3 * cores:
-                        running[workers.submit(examine, *task(waiting[0]))] = waiting[0]
-                        waiting.popleft()
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        batch = future.result()
-                        yield running.pop(future), *batch
-            except BrokenProcessPool:
-                pass
-        yield from alone([one for some in running.values() for one in portions(some, 1)], task)
-
-
-def alone(tasks: list[np.ndarray], task: Task) -> Iterator[Found]:
-    """Picture by picture; the one that kills its process cannot be read. Raises FinetuneError when no process lives."""
-    while tasks:
-        with processes(1) as worker:
-            try:
-                worker.submit(int).result()
+                workers.submit(int).result()
             except BrokenProcessPool:
                 raise FinetuneError("no process can be started to read pictures: the memory is full, or processes are "
                                     "limited on this machine") from None
             try:
-                while tasks:
-                    found = worker.submit(examine, *task(tasks[0])).result()
-                    yield tasks.pop(0), *found
+                while todo or running:
+                    while todo and len(running) < (1 if todo is suspects else 3 * cores):
+                        running[workers.submit(examine, *task(todo[0]))] = todo[0]
+                        todo.popleft()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        batch = future.result()
+                        yield running.pop(future), *batch
             except BrokenProcessPool:
-                yield tasks.pop(0), pa.record_batch([[bytes(32)], [0], [0], [0], [None], [KILLED]], schema=FACTS), [False]
+                lost = [one for some in running.values() for one in portions(some, 1)]
+                if todo is waiting:
+                    suspects.extend(lost)
+                else:
+                    yield lost[0], pa.record_batch([[bytes(32)], [0], [0], [0], [None], [KILLED]], schema=FACTS), [False]
 
 
 @contextmanager

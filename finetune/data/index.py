@@ -5,7 +5,7 @@ sizes and times. All columns are whole arrays: a million examples are no million
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from hashlib import sha256
 from pathlib import Path
@@ -20,9 +20,10 @@ from finetune.data.examine import FACTS, examined
 from finetune.data.folders import LISTING, Folder, stem
 from finetune.data.memory import LISTED, Memory, chosen, find, home, key
 from finetune.data.pictures import SUFFIXES, Reading
-from finetune.data.sources import Source, locate
+from finetune.data.sources import locate
 from finetune.data.tables import Note, printable
 from finetune.errors import FinetuneError, refuse
+from finetune.recipe.data import Images
 
 NO_MASK = pa.scalar(bytes(32), pa.binary(32))
 PLACED = ("name", "part", "offset", "size")          # what a place wants to know to read
@@ -98,7 +99,6 @@ class Index:
 
 
 def concatenated(indexes: list[Index]) -> Index:
-    """The examples of several indexes, one after another."""
     tables, places, notes = [], [], []
     for index in indexes:
         shifted = pa.array(index.source + len(places), pa.int16())
@@ -108,7 +108,7 @@ def concatenated(indexes: list[Index]) -> Index:
     return Index(places, pa.concat_tables(tables), notes)
 
 
-def build(sources: list[Source], reading: Reading, masks: str | None, say: Callable[[str], None], quiet: bool,
+def build(sources: Sequence[Images], reading: Reading, masks: str | None, say: Callable[[str], None], quiet: bool,
           field: str = "data.images", holes: str | None = None, conditions: str | None = None) -> Index:
     """The index of some sources: in their order, and each in the order of its names' bytes, or of its rows.
 

@@ -11,9 +11,9 @@ the first; with the run's seed it decides every draw.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from finetune.data.index import Index
 from finetune.data.order import Order
 from finetune.data.pixels import CENTRE, Crop, fit, fit_mask, plan_crop
 from finetune.diffusion import noise
+
+
+T, U = TypeVar("T"), TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -167,14 +170,19 @@ class Loader:
             yield from map(self.batches, steps)
             return
         with ThreadPoolExecutor(self.workers, "loader") as pool:
-            ahead: deque = deque()
-            try:
-                for step in steps:
-                    ahead.append(pool.submit(self.batches, step))
-                    if len(ahead) > self.workers:
-                        yield ahead.popleft().result()
-                while ahead:
-                    yield ahead.popleft().result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+            yield from ahead(pool, self.batches, steps, self.workers)
+
+
+def ahead(pool: ThreadPoolExecutor, work: Callable[[T], U], items: Iterable[T], depth: int) -> Iterator[U]:
+    """work(item) for each item in turn, begun up to `depth` items early."""
+    begun: deque[Future] = deque()
+    try:
+        for item in items:
+            begun.append(pool.submit(work, item))
+            if len(begun) > depth:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()

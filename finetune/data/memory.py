@@ -29,6 +29,10 @@ LISTED = pa.schema([("name", pa.large_binary()), ("part", pa.int32()), ("offset"
 Found = tuple[np.ndarray, pa.RecordBatch, list[bool]]       # of some rows: what was found out, and whether it will stay so
 
 
+# What is kept beside the cache of the encoders (cache.py): class pictures, facts about files, streams that were read.
+BESIDE = {"class": "folders", "index": "files", "streams": "files"}
+
+
 def home() -> Path:
     """The toolkit's folder of what can be made anew: $FINETUNE_CACHE or ~/.cache/finetune. FinetuneError for neither."""
     try:
@@ -48,20 +52,15 @@ def used(path: Path) -> None:
         os.utime(path)
 
 
-def contents() -> dict[str, list[Path]]:
-    """What is kept beside the cache of the encoders: indexes, class pictures, streams that were read."""
-    return {kind: sorted((home() / kind).iterdir()) for kind in ("class", "index", "streams") if (home() / kind).is_dir()}
-
-
 def size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
 
 
-def collect(days: float) -> int:
-    """Remove what nobody has used for that long; returns the bytes freed."""
+def collect(folder: Path, days: float) -> int:
+    """Remove what nobody has used for that long of a folder below `home`; returns the bytes freed."""
     freed = 0
-    for path in (path for paths in contents().values() for path in paths):
-        with suppress(FileNotFoundError):       # another process collects too
+    for path in sorted(folder.glob("*"), reverse=True):     # of a shard its index first: data without a row is nothing
+        with suppress(FileNotFoundError):                   # another process collects too
             if path.stat().st_mtime <= time.time() - days * 86400:
                 freed += size(path)
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -124,7 +123,10 @@ class Memory:
         known = self.load(kind, name)
         if known is None:
             known = pa.schema([*LISTED, *schema]).empty_table()
-        at, portions, forget = same(known, listed), [known.select(schema.names)], []
+        at = find(listed["name"], known["name"])        # what is known of each as it is now, or -1
+        for column in ("offset", "size", "stamp") if len(known) else ():
+            at = np.where(known[column].to_numpy()[at] == listed[column].to_numpy(), at, -1)
+        portions, forget = [known.select(schema.names)], []
         missing, count = np.flatnonzero(at < 0), len(known)
         try:
             for rows, batch, lasting in read(missing):
@@ -145,14 +147,6 @@ class Memory:
 
     def _file(self, kind: str, name: str) -> Path:
         return self.folder / f"{kind}-{name}.arrow"
-
-
-def same(known: pa.Table, listed: pa.Table) -> np.ndarray:
-    """For each listed file the row of `known` about it as it is now, or -1."""
-    at = find(listed["name"], known["name"])
-    for column in ("offset", "size", "stamp") if len(known) else ():
-        at = np.where(known[column].to_numpy()[at] == listed[column].to_numpy(), at, -1)
-    return at
 
 
 def portions(rows: np.ndarray, size: int) -> list[np.ndarray]:

@@ -141,7 +141,8 @@ def decoded(data: bytes, how: Reading) -> Image.Image:
         raise ValueError("its pixels are floating point numbers; save it with 8 or 16 bits")
     if image.format == "TIFF" and image.mode[:4] == "I;16" and (image.tag_v2[258] == (12,) or not image.tag_v2.get(262)):
         raise ValueError("grey of 12 bits, or of 16 with white as zero; save it as PNG")
-    afford(image, len(data) + image.width * image.height * max(decoding(image, data), converting(image)), how)
+    converting = 4 + (0 if image.mode == "RGB" and "transparency" not in image.info else STORED.get(image.mode, 4))
+    afford(image, len(data) + image.width * image.height * max(decoding(image, data), converting), how)
     depth = data[24] if image.format == "PNG" else 8
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:    # only Adobe's ink is inverted
         image.tile = [image.tile[0]._replace(args=("CMYK", ""))]
@@ -182,11 +183,6 @@ def decoding(image: ImageFile.ImageFile, data: bytes) -> float:
         if orientation(image) != 1:             # Pillow turns it while loading
             stored = max(stored, 2 * STORED.get(image.mode, 4))
     return stored
-
-
-def converting(image: Image.Image) -> int:
-    """Bytes a pixel that a picture and what is made of it take."""
-    return 4 if image.mode == "RGB" and "transparency" not in image.info else STORED.get(image.mode, 4) + 4
 
 
 def orientation(image: Image.Image) -> int:

@@ -7,29 +7,17 @@ can `read` them."""
 import glob
 import os
 import re
-from dataclasses import dataclass, fields
 
 from finetune.data.folders import Folder
 from finetune.data.shards import Shards
 from finetune.errors import FinetuneError, nearest
+from finetune.recipe.data import Images
 
 COMPRESSED = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a recipe says of one."""
-
-    path: str
-    repeats: int = 1
-    split: str = "train"
-    image: str = "image"
-    limit: int | None = None
-    streaming: bool = False
-
-
-def locate(source: Source):
+def locate(source: Images):
     """The place that a source names: a Folder, Shards or a Saved table. Raises FinetuneError when there is none."""
     path = os.path.expanduser(source.path)
     if COMPRESSED.search(path):
@@ -40,7 +28,7 @@ def locate(source: Source):
         if not files:
             raise FinetuneError(f"no file fits {path}{_near(path)}")
         place = Shards.of(path, files)
-    elif is_saved(path):
+    elif any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):     # `save_to_disk`'s
         from finetune.data.tabular import saved
         return saved(path, source)
     elif os.path.isdir(path):
@@ -52,19 +40,12 @@ def locate(source: Source):
         return from_hub(source)
     else:
         raise FinetuneError(f"there is no folder {path}{_near(path)}")
-    default = Source(source.path, source.repeats)
-    if odd := [f.name for f in fields(Source) if getattr(source, f.name) != getattr(default, f.name)]:
+    if odd := source.model_dump(exclude={"path", "repeats"}, exclude_defaults=True):
         raise FinetuneError(f"{', '.join(odd)} goes with a dataset, but {path} is {place.kind}")
     return place
 
 
-def is_saved(path: str) -> bool:
-    """Whether `save_to_disk` made this folder."""
-    return any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json"))
-
-
 def _near(path: str) -> str:
-    """The nearest of the names that are there."""
     folder, name = os.path.split(path.rstrip(os.sep))
     try:
         return nearest(name, (n for n in os.listdir(folder or ".") if not n.startswith(".")))

@@ -1,8 +1,6 @@
 """Tables of the `datasets` library: saved ones, and those of the hub."""
 
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import pyarrow as pa
 from finetune.data.folders import LISTING
 from finetune.data.memory import Memory, home, key, used
 from finetune.data.tables import Note, columns, first_line
+from finetune.disk import replacing
 from finetune.errors import FinetuneError, nearest
 
 SEVERAL = 256       # rows at once
@@ -98,7 +97,6 @@ class Saved:
 
 
 def saved(path: str, source) -> Saved:
-    """A folder that `save_to_disk` made."""
     if source.streaming:
         raise FinetuneError(f"streaming goes with a hub id, but {path} is a saved dataset")
     try:
@@ -123,26 +121,18 @@ def from_hub(source) -> Saved:
         return Saved(_load(source), title, source.image, source.limit)
     if not source.limit:
         raise FinetuneError("streaming needs a limit: how many examples to read")
-    kept = home() / "streams" / key(source.path, source.split, source.limit)
-    if not kept.is_dir():
-        staged = kept.with_name(f".{kept.name}.{secrets.token_hex(4)}")
+    kept = home() / "streams" / f"{key(source.path, source.split, source.limit)}.arrow"
+    if not kept.is_file():
+        stream = _load(source)
         try:
-            staged.mkdir(parents=True)
-            _keep(_load(source), source.limit, staged / "data.arrow")
-            try:
-                os.rename(staged, kept)
-            except OSError:
-                if not kept.is_dir():       # else another process was faster
-                    raise
-        except FinetuneError:
-            raise
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept) as staged:
+                _keep(stream, source.limit, staged)
         except Exception as e:
             raise FinetuneError(f"{source.path}: reading it was cut off ({first_line(e)}); "
                                 "give the same command again") from None
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
     used(kept)
-    return Saved(datasets.Dataset.from_file(str(kept / "data.arrow")), title, source.image, source.limit)
+    return Saved(datasets.Dataset.from_file(str(kept)), title, source.image, source.limit)
 
 
 def _load(source):

@@ -31,5 +31,4 @@ LOSSES = {"l2": l2, "l1": l1, "huber": huber}
 
 
 def loss(kind: str, **numbers) -> Loss:
-    """The loss of that name."""
     return partial(LOSSES[kind], **numbers)

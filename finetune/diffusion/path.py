@@ -183,5 +183,4 @@ def without_signal(alphas_cumprod: Tensor) -> Tensor:
 
 
 def build(kind: str, **fields) -> Path:
-    """The path of that name."""
     return {"ddpm": partial(ddpm, steps=1000), "rf": RectifiedFlow, "edm": Edm}[kind](**fields)

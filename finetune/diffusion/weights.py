@@ -61,5 +61,4 @@ WEIGHTINGS = {"uniform": uniform, "min_snr": min_snr, "soft_min_snr": soft_min_s
 
 
 def weighting(kind: str, **numbers: float) -> Weighting:
-    """The weighting of that name."""
     return partial(WEIGHTINGS[kind], **numbers)

@@ -1,7 +1,5 @@
 """A base that is not taken as it is: with parts from elsewhere, without the last layers of its text encoder, in few bits."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +9,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from finetune import registry
 from finetune.errors import FinetuneError
+from finetune.header import read_header
 from finetune.families import _single
+from finetune.families._identify import identify
 from finetune.families._quantized import quantize
-from finetune.families.base import Changes, FamilySpec, Source, locate
+from finetune.families.base import Changes, FamilySpec, Source, check_family, locate
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Altered:
         found = list(self.source.notes)
         for component, part in self.replaced.items():
             unsure = "; a file does not say how its latents are scaled: it is taken for one of this family"
-            bare = part == "vae" and not _single.says_scale(self.path_of(component))
-            found.append(f"its {part} is that of {self.path_of(component).name}" + unsure * bare)
+            path = self.path_of(component)
+            bare = part == "vae" and path.is_file() and identify(read_header(path)).name is None
+            found.append(f"its {part} is that of {path.name}" + unsure * bare)
         return tuple(found)
 
     def path_of(self, component: str) -> Path:
@@ -75,7 +77,6 @@ class Altered:
         return getattr(diffusers, config["_class_name"]).from_config(config)
 
     def load(self, cls: type, component: str, dtype: torch.dtype) -> nn.Module:
-        """As `Source.load`."""
         load = self.replacement if component in self.replaced else self.source.load
         found = load(cls, component, dtype)
         if component.startswith("text_encoder"):
@@ -96,6 +97,13 @@ class Altered:
             return _single.part(path, cls, component, dtype, config)
         except FinetuneError as e:
             raise FinetuneError(f"base.{part}: {str(e).removeprefix('base.path: ')}") from None
+
+
+def opened(spec: FamilySpec, path: str, revision: str | None, variant: str | None, changes: Changes) -> Source | Altered:
+    """The source of a family's base with these changes. Raises FinetuneError for one of another family, and as `altered`."""
+    source = locate(path, revision, variant)
+    check_family(source, spec, registry.names("families"))
+    return altered(source, spec, changes)
 
 
 def altered(source: Source, spec: FamilySpec, changes: Changes) -> Source | Altered:

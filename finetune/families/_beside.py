@@ -18,11 +18,6 @@ def painting(family, shown_B4HW: Tensor, seed: int, positions: list[int]) -> dic
     return {"beside": torch.cat([interpolate(shown_B4HW[:, :1], latents.shape[2:]).to(latents.device), latents], 1)}
 
 
-def following(family, shown_B3HW: Tensor, seed: int, positions: list[int]) -> dict[str, Tensor]:
-    """`control` (B, 3, H, W): the condition as it is."""
-    return {"control": shown_B3HW}
-
-
 def enlarging(family, shown_B3hw: Tensor, seed: int, positions: list[int]) -> dict[str, Tensor]:
     """`beside` (B, 3, h, w): the small picture with noise, as much as its `level` (B,) says, which is uniform below the
     pipeline's most: the noise augmentation of Ho et al. 2022 (Cascaded Diffusion Models, §4.1)."""

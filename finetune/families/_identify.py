@@ -3,8 +3,6 @@
 Nothing here needs torch; names of files are not looked at.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 
@@ -14,14 +12,12 @@ from finetune.errors import FinetuneError
 Place = tuple[str, str]         # a kind of `_original.KINDS`, and what stands before its names
 
 # family -> component of the diffusers pipeline -> where a published file has it
+_LDM = {"unet": ("unet", "model.diffusion_model."), "vae": ("vae", "first_stage_model.")}
 LAYOUTS: dict[str, dict[str, Place]] = {
-    "sd1": {"unet": ("unet", "model.diffusion_model."), "vae": ("vae", "first_stage_model."),
-            "text_encoder": ("clip", "cond_stage_model.transformer.")},
-    "sd2": {"unet": ("unet", "model.diffusion_model."), "vae": ("vae", "first_stage_model."),
-            "text_encoder": ("open_clip", "cond_stage_model.model.")},
-    "sdxl": {"unet": ("unet", "model.diffusion_model."), "vae": ("vae", "first_stage_model."),
-             "text_encoder": ("clip", "conditioner.embedders.0.transformer."),
-             "text_encoder_2": ("open_clip", "conditioner.embedders.1.model.")},
+    "sd1": _LDM | {"text_encoder": ("clip", "cond_stage_model.transformer.")},
+    "sd2": _LDM | {"text_encoder": ("open_clip", "cond_stage_model.model.")},
+    "sdxl": _LDM | {"text_encoder": ("clip", "conditioner.embedders.0.transformer."),
+                    "text_encoder_2": ("open_clip", "conditioner.embedders.1.model.")},
     "sd3": {"transformer": ("mmdit", "model.diffusion_model."), "vae": ("vae", "first_stage_model."),
             "text_encoder": ("unprojected_clip", "text_encoders.clip_l.transformer."),
             "text_encoder_2": ("clip", "text_encoders.clip_g.transformer."),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from finetune.errors import FinetuneError
@@ -36,12 +37,12 @@ class Row:
         return change.get(self.how, (first, *rest))
 
 
-def read(tensors: Mapping[str, Tensor], table: Iterable[Row], shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Tensor]]:
-    """Our (name, tensor) pairs, one after the other, bit for bit. `tensors` may fetch each when it is asked for."""
+def read(fetch: Callable[[str], Tensor], table: Iterable[Row], shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Tensor]]:
+    """Our (name, tensor) pairs, one after the other, bit for bit. `fetch` gives the tensor that has a name of theirs."""
     import torch
 
     for row in table:
-        t = torch.eye(shapes[row.ours[0]][0]) if row.how == "identity" else tensors[row.theirs]
+        t = torch.eye(shapes[row.ours[0]][0]) if row.how == "identity" else fetch(row.theirs)
         if row.how == "fused":
             yield from zip(row.ours, t.chunk(len(row.ours)))
         elif row.how == "transposed":
@@ -170,9 +171,9 @@ def _mmdit(names: list[str]) -> Placed:
         yield name, f"joint_blocks.{block[1]}.{theirs}" if block else theirs, how
 
 
-def _same(names: list[str]) -> Placed:
-    """CLIP under the names of transformers, and a VAE under those of diffusers."""
-    yield from ((name, name, "same") for name in names)
+def _same(names: list[str], odd: Mapping[str, tuple[str, str]] = {}) -> Placed:
+    """CLIP and T5 under the names of transformers, a VAE under those of diffusers, and theirs and how of those that are odd."""
+    yield from ((name, *odd.get(name, (name, "same"))) for name in names)
 
 
 def _flat_clip(names: list[str]) -> Placed:
@@ -180,11 +181,9 @@ def _flat_clip(names: list[str]) -> Placed:
     yield from ((name, name.removeprefix("text_model."), "same") for name in names)
 
 
-def _unprojected_clip(names: list[str]) -> Placed:
-    """CLIP-L in SD 3: what is published does not project its pooled output, and the class of ours does."""
-    yield from ((name, "", "identity") if name == "text_projection.weight" else (name, name, "same") for name in names)
-
-
+# CLIP-L in SD 3: what is published does not project its pooled output, and the class of ours does.
+UNPROJECTED = {"text_projection.weight": ("", "identity")}
+TIED = dict.fromkeys(("shared.weight", "encoder.embed_tokens.weight"), ("shared.weight", "tied"))       # of T5
 OPEN_CLIP = {
     "text_model.embeddings.position_embedding.weight": "positional_embedding", "text_model.final_layer_norm.": "ln_final.",
     "text_model.embeddings.token_embedding.": "token_embedding.", "text_projection.weight": "text_projection",
@@ -206,15 +205,10 @@ def _linear_open_clip(names: list[str]) -> Placed:
     yield from (row if row[2] != "transposed" else (row[0], row[0], "same") for row in _open_clip(names))
 
 
-def _t5(names: list[str]) -> Placed:
-    for name in names:
-        tied = name in ("shared.weight", "encoder.embed_tokens.weight")
-        yield name, "shared.weight" if tied else name, "tied" if tied else "same"
-
-
 KINDS: dict[str, Callable[[list[str]], Placed]] = {
     "unet": _unet, "mmdit": _mmdit, "vae": _vae, "diffusers_vae": _same, "clip": _same, "flat_clip": _flat_clip,
-    "unprojected_clip": _unprojected_clip, "open_clip": _open_clip, "linear_open_clip": _linear_open_clip, "t5": _t5,
+    "unprojected_clip": partial(_same, odd=UNPROJECTED), "t5": partial(_same, odd=TIED),
+    "open_clip": _open_clip, "linear_open_clip": _linear_open_clip,
 }
 # What files hold beside a table's tensors and nobody needs: buffers, the temperature of the contrastive loss, a tied copy.
 NEEDLESS = re.compile(r"(^|\.)(position_ids|logit_scale|attn_mask|encoder\.embed_tokens\.weight)$|^loss\.")

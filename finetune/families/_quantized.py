@@ -5,8 +5,6 @@ ever saw (4 bits), and on some CPUs rewrite their weight once they are used for 
 it was previewed (0.50). These give the same in training and at rest, on any device, and to every method a `weight`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import contextmanager
 
@@ -41,10 +39,6 @@ class Packed(nn.Module):
             return torch.ops.bitsandbytes.dequantize_4bit(numbers, scale, BLOCK, "nf4", self.shape, self.dtype)
         found = torch.empty(numbers.shape, dtype=self.dtype, device=numbers.device)      # computed in float32, rounded once
         return torch.mul(numbers, scale[:, None] / 127, out=found).view(self.shape)
-
-
-    def extra_repr(self) -> str:
-        return self.kind
 
 
 def weight(layer: nn.Module) -> nn.Parameter:

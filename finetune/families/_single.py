@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -134,29 +134,13 @@ def _measured(path: str, known: Known) -> dict:
             "notes": (*known.notes, f"the file does not say what it predicts; {'v' if v else 'the noise'}, by the spread of a norm")}
 
 
-class _Tensors(Mapping):
-    """The tensors behind a prefix, each fetched and cast when it is asked for."""
-
-    def __init__(self, file, prefix: str, names: list[str], dtype: torch.dtype):
-        self.file, self.prefix, self.names, self.dtype = file, prefix, names, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.file.get_tensor(self.prefix + name).to(self.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
 def load(path: str, place: Place, cls: type, config: dict, dtype: torch.dtype) -> nn.Module:
     """One frozen part of a file, in eval mode. Raises FinetuneError when its tensors are not those of the config."""
     part = empty(cls, config)
     table, shapes = table_of(path, place, part)
     try:
         with safe_open(path, "pt") as file:
-            tensors = dict(_original.read(_Tensors(file, place[1], [row.theirs for row in table], dtype), table, shapes))
+            tensors = dict(_original.read(lambda name: file.get_tensor(place[1] + name).to(dtype), table, shapes))
     except SafetensorError as e:
         raise FinetuneError(f"cannot be read: {e}") from None
     part.load_state_dict({name: tensors[published(name)].to(dtype) for name in part.state_dict()}, assign=True)
@@ -188,7 +172,7 @@ def each(source: SingleFile, component: str) -> dict[str, Callable[[], Tensor]]:
 
     def read(row: _original.Row, name: str) -> Tensor:
         with safe_open(source.path, "pt") as file:
-            return dict(_original.read({row.theirs: file.get_tensor(place[1] + row.theirs)} if row.theirs else {}, [row], shapes))[name]
+            return dict(_original.read(lambda theirs: file.get_tensor(place[1] + theirs), [row], shapes))[name]
 
     return {name: partial(read, row, name) for row in table for name in row.ours}
 
@@ -256,11 +240,6 @@ def part(path: Path, cls: type, component: str, dtype: torch.dtype, config: dict
 def folder_of(path: Path, component: str) -> Path | None:
     """The component's own folder, where a path is that or a whole model's."""
     return (path / component if (path / component).is_dir() else path) if path.is_dir() else None
-
-
-def says_scale(path: Path) -> bool:
-    """Whether a VAE comes with the factor that its latents are scaled by: a folder does, and a whole model of a known family."""
-    return path.is_dir() or identify(read_header(path)).name is not None
 
 
 def _same_scale(path: Path, own: dict, config: dict) -> None:

@@ -3,19 +3,19 @@
 Shapes: B batch · L tokens · D text width · P pooled width · C latent channels · H W pixels · h w = H W / VAE stride.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from finetune import registry
 from finetune.batch import Conditioning, joined
 from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
 from finetune.families import _beside, _clip, _control, _latents
-from finetune.families._altered import altered, check_widths
-from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
+from finetune.families._altered import check_widths, opened
+from finetune.families.base import Changes, FamilySpec, Source, save, sketch, tokenizer, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
 
@@ -43,7 +43,7 @@ class UNetFamily:
     moments, latents = _latents.moments, _latents.sample
     pieces, sketch, save = _clip.pieces, sketch, save
 
-    def __init__(self, spec: FamilySpec, text: dict[str, Clip], source: Source, parts: dict[str, nn.Module],
+    def __init__(self, spec: FamilySpec, text: Mapping[str, Clip], source: Source, parts: dict[str, nn.Module],
                  tokenizers: dict[str, object], scheduler, small_scheduler=None):
         self.spec, self.text, self.source, self.parts = spec, text, source, parts
         self.tokenizers, self.scheduler, self.small_scheduler = tokenizers, scheduler, small_scheduler
@@ -104,7 +104,6 @@ class UNetFamily:
 
     @property
     def kinds(self) -> dict[str, type[nn.Module]]:
-        """The class of each part."""
         import diffusers
         import transformers
 
@@ -113,7 +112,6 @@ class UNetFamily:
         return {"denoiser": diffusers.UNet2DConditionModel, **text, "vae": diffusers.AutoencoderKL}
 
     def load_part(self, part: str, dtype: torch.dtype) -> nn.Module:
-        """A part as the source has it."""
         # In float16 the VAE of SDXL overflows: its config says so, and its pipeline would widen it for each picture.
         wide = part == "vae" and dtype == torch.float16 and "text_2" in self.text and self.vae_config.get("force_upcast", True)
         found = self.source.load(self.kinds[part], self.spec.components[part], torch.float32 if wide else dtype)
@@ -125,12 +123,13 @@ class UNetFamily:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is worth saying before a run."""
         return self.source.notes
 
     def beside(self, shown: Tensor, seed: int, positions: list[int]) -> dict[str, Tensor]:
         """What the data room shows, as fields of the Conditioning."""
-        make = {"hole": _beside.painting, "small": _beside.enlarging, None: _beside.following}[self.shows]
+        if self.shows is None:      # the condition of a control branch, as it is
+            return {"control": shown}
+        make = {"hole": _beside.painting, "small": _beside.enlarging}[self.shows]
         return make(self, shown, seed, positions)
 
     def denoise(self, x_BChw: Tensor, t_B: Tensor, conditioning: Conditioning, geometry_B6: Tensor) -> Tensor:
@@ -186,12 +185,10 @@ def noising(config) -> Discrete:
         raise FinetuneError(f"base.path: its scheduler: {e}") from None
 
 
-def outline(spec: FamilySpec, text: dict[str, Clip], path: str, revision: str | None = None,
-            variant: str | None = None, changes: Changes = Changes()) -> UNetFamily:
+def outline(spec: FamilySpec, path: str, revision: str | None = None, variant: str | None = None,
+            changes: Changes = Changes(), text: Mapping[str, Clip] = {"text": Clip()}) -> UNetFamily:
     """The base without its parts and their weights: enough to count tokens and to plan sizes."""
-    source = locate(path, revision, variant)
-    check_family(source, spec, registry.names("families"))
-    source = altered(source, spec, changes)
+    source = opened(spec, path, revision, variant, changes)
     words = {part: source.tokenizer(tokenizer(spec, part)) for part in text}
     check_widths(source, spec)
     return UNetFamily(spec, text, source, {}, words, source.scheduler(),

@@ -5,10 +5,8 @@
 from functools import partial
 
 from finetune.families import _unet, base
-from finetune.families._clip import Clip
-from finetune.families.base import FamilySpec
 
-SPEC = FamilySpec(
+SPEC = base.FamilySpec(
     name="sd2",
     components={"denoiser": "unet", "text": "text_encoder", "vae": "vae"},
     kohya={"denoiser": "lora_unet", "text": "lora_te"},
@@ -16,7 +14,6 @@ SPEC = FamilySpec(
     architecture="stable-diffusion-v2",
     targets=_unet.TARGETS,
 )
-TEXT = {"text": Clip()}
 
-outline = partial(_unet.outline, SPEC, TEXT)
+outline = partial(_unet.outline, SPEC)
 load = partial(base.load, outline)

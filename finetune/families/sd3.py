@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from finetune import registry
 from finetune.batch import Conditioning
 from finetune.diffusion.path import RectifiedFlow
 from finetune.errors import FinetuneError
 from finetune.families import _clip, _latents, base
 from finetune.families._clip import Clip
-from finetune.families._altered import altered, check_widths
-from finetune.families.base import Changes, FamilySpec, Source, check_family, locate, save, sketch, tokenizer, vocabulary
+from finetune.families._altered import check_widths, opened
+from finetune.families.base import Changes, FamilySpec, Source, save, sketch, tokenizer, vocabulary
 from finetune.tokens import Learned
 
 # Where text and picture meet; without patterns that not every version has: only 3.5 medium has an attn2, of the picture alone.
@@ -110,7 +109,6 @@ class Sd3:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is worth saying before a run."""
         clips = self.tokenizers["text"].model_max_length - 2
         t5 = f"its T5 reads {LENGTH - 1} tokens of a caption, its CLIPs the first {clips} of them" \
             if "text_3" in self.tokenizers else f"it is taken without a T5: its CLIPs read {clips} tokens of a caption"
@@ -128,7 +126,6 @@ class Sd3:
                 "vae": diffusers.AutoencoderKL}
 
     def load_part(self, part: str, dtype: torch.dtype) -> nn.Module:
-        """A part as the source has it."""
         found = self.source.load(self.kinds[part], SPEC.components[part], dtype)
         if part in CLIPS:
             _clip.end_at(found, self.tokenizers[part].eos_token_id)
@@ -165,9 +162,7 @@ def noising(config) -> RectifiedFlow:
 
 def outline(path: str, revision: str | None = None, variant: str | None = None, changes: Changes = Changes()) -> Sd3:
     """The base without its parts and their weights: enough to count tokens and to plan sizes."""
-    source = locate(path, revision, variant)
-    check_family(source, SPEC, registry.names("families"))
-    source = altered(source, SPEC, changes)
+    source = opened(SPEC, path, revision, variant, changes)
     spoken = [*CLIPS, *(["text_3"] if source.has("text_encoder_3") and source.has("tokenizer_3") else [])]
     words = {part: source.tokenizer(tokenizer(SPEC, part)) for part in spoken}
     check_widths(source, SPEC)

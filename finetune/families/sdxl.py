@@ -6,9 +6,8 @@ from functools import partial
 
 from finetune.families import _unet, base
 from finetune.families._clip import Clip
-from finetune.families.base import FamilySpec
 
-SPEC = FamilySpec(
+SPEC = base.FamilySpec(
     name="sdxl",
     components={"denoiser": "unet", "text": "text_encoder", "text_2": "text_encoder_2", "vae": "vae"},
     kohya={"denoiser": "lora_unet", "text": "lora_te1", "text_2": "lora_te2"},
@@ -19,5 +18,5 @@ SPEC = FamilySpec(
 )
 TEXT = {"text": Clip(hidden=-2), "text_2": Clip(hidden=-2, pooled=True)}
 
-outline = partial(_unet.outline, SPEC, TEXT)
+outline = partial(_unet.outline, SPEC, text=TEXT)
 load = partial(base.load, outline)

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from finetune.artifact import Header
-from finetune.formats._dialects import ENDS
+from finetune.formats._dialects import END
 
 TOOLS = {"diffusers": "0.42.1", "ComfyUI": "0.3.64 a125cd84", "A1111": "1.10.1 82a973c0", "Forge": "dfdcbab6",
          "SD.Next": "058a7f0c", "InvokeAI": "6.14-alpha 8e71a8a5", "sd-scripts": "48d368fa",
@@ -98,12 +98,10 @@ def modules(header: Header) -> dict[str, dict[str, str]]:
     """{module: {role: the tensor's whole name}} in the file's own words; roles are those of `_modules`, or a name's end."""
     found: dict[str, dict[str, str]] = {}
     for name in header.tensors:
-        ends = ((found_end, ours) for pattern, ours in ENDS if (found_end := re.search(rf"(?:{pattern})$", name)))
-        end, ours = next(ends, (None, ""))
         if old := re.fullmatch(r"(.*_lora)\.(down|up)\.weight", name):
             module, role = old[1], {"down": "lora_A", "up": "lora_B"}[old[2]]
-        elif end:
-            module, role = name[:end.start()], ours.removesuffix(".weight")[1:]
+        elif end := END.search(name):
+            module, role = name[:end.start()], end.lastgroup
         else:
             module, _, role = name.rpartition(".")
         found.setdefault(module, {})[role] = name

@@ -21,7 +21,6 @@ KINDS = ("full", "vae")     # a VAE is read by kohya: it is the same file
 
 
 def reads(header: Header) -> bool:
-    """True for a header with the names of a whole model."""
     return any(name.startswith("model.diffusion_model.") for name in header.tensors)
 
 

@@ -33,7 +33,7 @@ class Variant:
 def counts(method, layer: nn.Module) -> float:
     """How much the adapter of this layer counts in this pass: nothing where it is dropped, as in LyCORIS. A factor of 0 rather
     than a detour, so that all processes have a gradient for every parameter."""
-    dropped = layer.training and method.module_dropout > 0 and torch.rand(()).item() < method.module_dropout
+    dropped = layer.training and method.words.module_dropout > 0 and torch.rand(()).item() < method.words.module_dropout
     return 0.0 if dropped else method.strength
 
 
@@ -42,13 +42,13 @@ def lora(part: nn.Module, layers: dict[str, tuple[int, float]], method) -> None:
 
     ranks, alphas = patterns(layers)
     part.add_adapter(LoraConfig(
-        rank_pattern=ranks, alpha_pattern=alphas, lora_dropout=method.dropout, target_modules=list(layers),
-        init_lora_weights="gaussian" if method.init == "gaussian" else True), NAME)
+        rank_pattern=ranks, alpha_pattern=alphas, lora_dropout=method.words.dropout, target_modules=list(layers),
+        init_lora_weights="gaussian" if method.words.init == "gaussian" else True), NAME)
     for path in layers:
         layer = part.get_submodule(path)
-        if method.rank_dropout:
+        if method.words.rank_dropout:
             layer.lora_A[NAME].register_forward_hook(lambda module, args, out: _without_some_ranks(module, out, method))
-        if method.variant == "dora":
+        if method.words.variant == "dora":
             decompose(layer)
     follow(part, layers, method)
 
@@ -90,7 +90,7 @@ def loha(part: nn.Module, layers: dict[str, tuple[int, float]], method) -> None:
     from peft import LoHaConfig
 
     ranks, alphas = patterns(layers)
-    part.add_adapter(LoHaConfig(rank_pattern=ranks, alpha_pattern=alphas, rank_dropout=method.rank_dropout,
+    part.add_adapter(LoHaConfig(rank_pattern=ranks, alpha_pattern=alphas, rank_dropout=method.words.rank_dropout,
                                 target_modules=list(layers)), NAME)
     follow(part, layers, method)
 
@@ -101,8 +101,8 @@ def lokr(part: nn.Module, layers: dict[str, tuple[int, float]], method) -> None:
     from peft import LoKrConfig
 
     beyond = 10**6
-    part.add_adapter(LoKrConfig(r=beyond, alpha=beyond, decompose_factor=method.factor, rank_dropout=method.rank_dropout,
-                                rank_dropout_scale=True, target_modules=list(layers)), NAME)
+    part.add_adapter(LoKrConfig(r=beyond, alpha=beyond, decompose_factor=method.words.factor, rank_dropout_scale=True,
+                                rank_dropout=method.words.rank_dropout, target_modules=list(layers)), NAME)
     follow(part, layers, method)
 
 
@@ -112,7 +112,7 @@ def oft(part: nn.Module, layers: dict[str, tuple[int, float]], method) -> None:
     for path in layers:
         layer = part.get_submodule(path)
         rows = layer.weight.shape[0]
-        block = max(size for size in range(1, method.block + 1) if rows % size == 0)
+        block = max(size for size in range(1, method.words.block + 1) if rows % size == 0)
         layer.oft_blocks = nn.Parameter(torch.zeros(rows // block, block, block, device=layer.weight.device))
         layer.register_forward_hook(lambda module, args, out: _turned(module, out, method))
 
@@ -132,8 +132,8 @@ def _without_some_ranks(down: nn.Module, out: Tensor, method) -> Tensor:
     if not down.training:
         return out
     channels = 1 if isinstance(down, nn.Conv2d) else -1
-    stays = (torch.rand(out.shape[channels]) >= method.rank_dropout).to(out)
-    return (out.movedim(channels, -1) * (stays / (1 - method.rank_dropout))).movedim(-1, channels)
+    stays = (torch.rand(out.shape[channels]) >= method.words.rank_dropout).to(out)
+    return (out.movedim(channels, -1) * (stays / (1 - method.words.rank_dropout))).movedim(-1, channels)
 
 
 def patterns(layers: dict[str, tuple[int, float]]) -> tuple[dict[str, int], dict[str, float]]:
@@ -158,7 +158,6 @@ VARIANTS = {
 
 
 def tensor(layer: nn.Module, role: str) -> nn.Parameter:
-    """The parameter of a layer that has this role."""
     own = getattr(layer, role)
     if isinstance(own, nn.ModuleDict):
         return own[NAME].weight

@@ -10,7 +10,7 @@ from finetune.errors import FinetuneError
 
 
 class Method(Protocol):
-    """A module of this folder has `build(seed=…, **fields of the recipe) -> Method`."""
+    """A module of this folder has `build(words, seed) -> Method`; `words` are the recipe's of that kind (recipe/method.py)."""
 
     objective: ClassVar[Literal["denoise", "decode"]]
     kind: str                           # of the artifact that it exports
@@ -42,7 +42,7 @@ class Method(Protocol):
 
 def groups(method, learning_rate: float) -> list[dict]:
     """Of a method that trains all at one rate."""
-    return [{"params": list(method.parameters().values()), "lr": method.learning_rate or learning_rate}]
+    return [{"params": list(method.parameters().values()), "lr": method.words.learning_rate or learning_rate}]
 
 
 def after_step(method) -> None:

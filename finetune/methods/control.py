@@ -13,13 +13,14 @@ from finetune.diffusion import noise
 from finetune.families import _control
 from finetune.methods import base
 from finetune.methods._weights import Weights, stored
+from finetune.recipe.method import Control as Words
 
 
 @dataclass
 class Control:
     """The denoiser rests; what its branch learns is of use to any model with such a denoiser."""
 
-    learning_rate: float | None
+    words: Words
     seed: int
     trains: tuple[str, ...] = ("control",)
 

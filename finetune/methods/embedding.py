@@ -9,14 +9,14 @@ from torch import nn
 from finetune import tokens as learned
 from finetune.artifact import Artifact
 from finetune.methods import base
+from finetune.recipe.method import Embedding as Words
 
 
 @dataclass
 class Embedding:
     """Each token begins as words that the model knows; only its rows have gradients and a state in the optimizer."""
 
-    tokens: dict[str, dict]         # name -> init, the words, and vectors, how many
-    learning_rate: float | None
+    words: Words
     seed: int                       # of no use: nothing of it is drawn
     trains: tuple[str, ...] = ("text",)
 
@@ -27,8 +27,8 @@ class Embedding:
     def install(self, family) -> None:
         self.family, self.trains = family.spec.name, tuple(learned.text_parts(family))
         tables = {part: family.parts[part].get_input_embeddings() for part in self.trains}
-        rows = {name: {part: learned.initial(family.tokenizers[part], table, words["init"], words["vectors"])
-                       for part, table in tables.items()} for name, words in self.tokens.items()}
+        rows = {name: {part: learned.initial(family.tokenizers[part], table, token.init, token.vectors)
+                       for part, table in tables.items()} for name, token in self.words.tokens.items()}
         found = learned.extend(family, rows, "method.tokens: ")
         self.tables, first = found.tables, len(next(iter(tables.values())).weight)
         self.places = {name: slice(ids.start - first, ids.stop - first) for name, ids in found.ids.items()}

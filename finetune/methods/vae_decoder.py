@@ -8,6 +8,7 @@ from torch import nn
 from finetune.artifact import Artifact
 from finetune.methods import base
 from finetune.methods._weights import Weights
+from finetune.recipe.method import VaeDecoder as Words
 
 DECODER = ("decoder.", "post_quant_conv.")
 
@@ -16,8 +17,7 @@ DECODER = ("decoder.", "post_quant_conv.")
 class VaeDecoder:
     """The encoder rests unless it is asked for: the latents, and every denoiser that knows them, stay valid."""
 
-    encoder: bool
-    learning_rate: float | None
+    words: Words
     seed: int
     trains: tuple[str, ...] = ("vae",)
 
@@ -28,7 +28,7 @@ class VaeDecoder:
     def install(self, family) -> None:
         self.family, self.vae = family.spec.name, family.parts["vae"]
         self.weights = Weights({f"vae.{name}": p for name, p in self.vae.named_parameters()
-                                if self.encoder or name.startswith(DECODER)})
+                                if self.words.encoder or name.startswith(DECODER)})
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.weights.parameters

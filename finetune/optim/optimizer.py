@@ -4,6 +4,7 @@ Each is made from parameter groups with their learning rates, betas (None where 
 
 import importlib
 from contextlib import redirect_stdout
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,23 +21,12 @@ def adamw(groups: list[dict], betas: Betas, weight_decay: float) -> Optimizer:
     return torch.optim.AdamW(groups, fused=True, betas=betas, weight_decay=weight_decay)
 
 
-def adamw8bit(groups: list[dict], betas: Betas, weight_decay: float) -> Optimizer:
-    """AdamW with blockwise 8-bit state (Dettmers et al. 2022). `min_8bit_size=1`: by default bitsandbytes keeps 32 bits
-    for parameters below 4 096 elements, which most LoRA matrices are, and says nothing."""
-    AdamW8bit = _extra("adamw8bit", "bitsandbytes.optim", "8bit").AdamW8bit
-    return AdamW8bit(groups, min_8bit_size=1, betas=betas, weight_decay=weight_decay)
-
-
-def lion(groups: list[dict], betas: Betas, weight_decay: float) -> Optimizer:
-    """Lion (Chen et al. 2023, algorithm 2): the sign of the momentum, so every element moves by the whole learning rate."""
-    Lion = _extra("lion", "bitsandbytes.optim", "8bit").Lion
-    return Lion(groups, betas=betas, weight_decay=weight_decay)
-
-
-def lion8bit(groups: list[dict], betas: Betas, weight_decay: float) -> Optimizer:
-    """Lion with blockwise 8-bit momentum; `min_8bit_size` as in `adamw8bit`."""
-    Lion8bit = _extra("lion8bit", "bitsandbytes.optim", "8bit").Lion8bit
-    return Lion8bit(groups, min_8bit_size=1, betas=betas, weight_decay=weight_decay)
+def of_bitsandbytes(groups: list[dict], betas: Betas, weight_decay: float, name: str) -> Optimizer:
+    """AdamW with blockwise 8-bit state (Dettmers et al. 2022), or Lion (Chen et al. 2023, algorithm 2), the sign of the
+    momentum, so that every element moves by the whole learning rate; with 8-bit momentum too. `min_8bit_size=1`: by default
+    bitsandbytes keeps 32 bits for parameters below 4 096 elements, which most LoRA matrices are, and says nothing."""
+    make = getattr(_extra(name.lower(), "bitsandbytes.optim", "8bit"), name)
+    return make(groups, betas=betas, weight_decay=weight_decay, **({"min_8bit_size": 1} if name.endswith("8bit") else {}))
 
 
 def adafactor(groups: list[dict], betas: None, weight_decay: float) -> Optimizer:
@@ -74,8 +64,9 @@ def sgd(groups: list[dict], betas: None, weight_decay: float) -> Optimizer:
     return torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay)
 
 
-OPTIMIZERS = {"adamw": adamw, "adamw8bit": adamw8bit, "lion": lion, "lion8bit": lion8bit, "adafactor": adafactor,
-              "prodigy": prodigy, "schedule_free_adamw": schedule_free_adamw, "sgd": sgd}
+OPTIMIZERS = {"adamw": adamw,
+              **{name.lower(): partial(of_bitsandbytes, name=name) for name in ("AdamW8bit", "Lion", "Lion8bit")},
+              "adafactor": adafactor, "prodigy": prodigy, "schedule_free_adamw": schedule_free_adamw, "sgd": sgd}
 
 
 def state_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict]:

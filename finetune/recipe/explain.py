@@ -29,14 +29,14 @@ WANTED = {
 }
 
 
-def explain(error: dict) -> str:
-    """What is wrong, and in an indented second line what would be right."""
+def explain(error: dict, root: type[BaseModel] = Recipe) -> str:
+    """What is wrong in words of this model, and in an indented second line what would be right."""
     keys, kind, given, context = _keys(error), error["type"], error["input"], error.get("ctx", {})
-    field, models = _at(keys[:-1] if kind == "extra_forbidden" else keys)
+    field, models = _at(keys[:-1] if kind == "extra_forbidden" else keys, root)
     if kind == "extra_forbidden":
         siblings = list(models[0].model_fields)
         name, here = str(keys[-1]), ".".join(key for key in written(error) if not key.isdecimal())
-        elsewhere = [key for key in _all_keys(Recipe) if key.rpartition(".")[2] == name and key != here]
+        elsewhere = [key for key in _all_keys(root) if key.rpartition(".")[2] == name and key != here]
         return f"unknown key{nearest(name, siblings, elsewhere)}\n    keys here: {', '.join(siblings)}"
     if kind == "value_error":
         return str(context["error"])
@@ -45,7 +45,7 @@ def explain(error: dict) -> str:
     if kind == "union_tag_invalid":
         kinds = (word for model in models for word in _words(model.model_fields["kind"].annotation))
         return _unknown("kind", given["kind"], sorted(kinds))
-    meaning = f"\n    {field.description}"
+    meaning = f"\n    {field.description}" if field.description else ""
     if kind == "missing":
         return f"missing{meaning}"
     if kind in ("model_type", "model_attributes_type") or kind == "tuple_type" and models:
@@ -60,7 +60,7 @@ def explain(error: dict) -> str:
 def written(error: dict) -> tuple[str, ...]:
     """The key as the user writes it. Where a value may be one of several models, pydantic names the one that it took."""
     keys = tuple(str(key) for i, key in enumerate(_keys(error))
-                 if not (isinstance(key, str) and i and len(_at(error["loc"][:i])[1]) > 1))
+                 if not (isinstance(key, str) and i and len(_at(error["loc"][:i], Recipe)[1]) > 1))
     return keys + ("kind",) if error["type"].startswith("union_tag") else keys
 
 
@@ -83,9 +83,9 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _at(keys: tuple[str | int, ...]) -> tuple[FieldInfo | None, list[type[BaseModel]]]:
+def _at(keys: tuple[str | int, ...], root: type[BaseModel]) -> tuple[FieldInfo | None, list[type[BaseModel]]]:
     """The field that holds a value, or the list or mapping that holds it; and the models that the value may be."""
-    field, models, mapping = None, [Recipe], False
+    field, models, mapping = None, [root], False
     for key in (key for key in keys if isinstance(key, str)):
         if mapping:                 # a word of the user's
             mapping = False

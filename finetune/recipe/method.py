@@ -2,16 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from finetune.recipe.words import Fields, Fraction, Positive, Rate, Some, Text
+from finetune.recipe.words import Fields, Fraction, Kind, Positive, Rate, Some, Text
 
-LOW_RANK = ("lora", "rslora", "dora")
-OWN = {     # what only some variants have, and its value where they have it
-    "rank": ((*LOW_RANK, "loha"), 16), "alpha": ((*LOW_RANK, "loha"), None), "ranks": ((*LOW_RANK, "loha"), None),
-    "alphas": ((*LOW_RANK, "loha"), None), "factor": (("lokr",), 8), "block": (("oft",), 32), "init": (LOW_RANK, "kaiming"),
-    "dropout": (LOW_RANK, None), "rank_dropout": ((*LOW_RANK, "loha", "lokr"), None), "lora_plus": (LOW_RANK, None),
-    "max_norm": (("lora", "rslora", "loha", "lokr"), None)}
+RANKED = {"rank": 16, "alpha": None, "ranks": None, "alphas": None, "rank_dropout": None}
+LORA = RANKED | {"init": "kaiming", "dropout": None, "lora_plus": None}
 
 
 class TextLora(Fields):
@@ -27,16 +23,20 @@ class TextLora(Fields):
     """Their own learning rate, often a half or less; null is the method's."""
 
 
-class Lora(Fields):
+class Lora(Kind):
     """Low-rank adapter on linear and convolution layers, or one of its relatives."""
 
+    own = {"lora": LORA | {"max_norm": None}, "rslora": LORA | {"max_norm": None}, "dora": LORA,
+           "loha": RANKED | {"max_norm": None}, "lokr": {"factor": 8, "rank_dropout": None, "max_norm": None},
+           "oft": {"block": 32}}
+    word = called = "variant"
     kind: Literal["lora"]
     """The method."""
     variant: Literal["lora", "rslora", "dora", "loha", "lokr", "oft"] = "lora"
     """lora adds B·A; rslora scales it by alpha / √rank, for high ranks; dora also learns the length of each column; loha and
     lokr build a change of full rank from small factors; oft turns blocks of rows. Most tools load all of them, diffusers
     only lora and rslora (docs/decisions/0007)."""
-    rank: Positive | None = Field(None, validate_default=True)
+    rank: Positive | None = None
     """Rank of the adapter: more can hold more, and its file grows in proportion; 16 if left out. lokr and oft have none."""
     alpha: Rate | None = None
     """The adapter is scaled by alpha / rank; null is each layer's own rank."""
@@ -44,12 +44,12 @@ class Lora(Fields):
     """Other ranks for some of the targets, by group or pattern, such as `{conv: 8, "*.attn1.*": 32}`."""
     alphas: dict[Text, Rate] = {}
     """Other alphas for some of the targets, likewise."""
-    factor: Annotated[int, Field(ge=2)] | None = Field(None, validate_default=True)
+    factor: Annotated[int, Field(ge=2)] | None = None
     """Of lokr: a matrix of about factor × factor, times one that has so many times fewer rows and columns than the layer; 8
     if left out. Less holds more, in a larger file."""
-    block: Annotated[int, Field(ge=2)] | None = Field(None, validate_default=True)
+    block: Annotated[int, Field(ge=2)] | None = None
     """Of oft: so many rows are turned together, or the nearest smaller number that divides a layer's; 32 if left out."""
-    init: Literal["kaiming", "gaussian"] | None = Field(None, validate_default=True)
+    init: Literal["kaiming", "gaussian"] | None = None
     """How A is drawn: as in the paper's code, if left out, or normal with a deviation of 1 / rank. B is zero."""
     dropout: Fraction = 0.0
     """Share of the adapter's inputs that is dropped in each step."""
@@ -73,20 +73,11 @@ class Lora(Fields):
     text: TextLora | None = None
     """Also adapt the text encoders, such as `{rank: 8, learning_rate: 5e-5}`; null leaves them alone."""
 
-    @field_validator("text")
     @classmethod
-    def _without_ranks(cls, text: TextLora | None, info: ValidationInfo) -> TextLora | None:
-        if text and (text.rank or text.alpha) and info.data.get("variant") not in (*OWN["rank"][0], None):
-            raise ValueError(f"{info.data['variant']} has neither rank nor alpha; leave them out")
-        return text
-
-    @field_validator(*OWN)
-    @classmethod
-    def _of_its_variant(cls, value, info: ValidationInfo):
-        (owners, default), variant = OWN[info.field_name], info.data.get("variant")
-        if value and variant and variant not in owners:
-            raise ValueError(f"is of {', '.join(owners)}, and the variant is {variant}; leave it out")
-        return default if value is None and variant in owners else value
+    def misfit(cls, name: str, value, known: dict) -> str | None:
+        variant = known.get("variant")
+        if name == "text" and value and (value.rank or value.alpha) and variant and "rank" not in cls.own[variant]:
+            return f"{variant} has neither rank nor alpha; leave them out"
 
 
 def _per_value(tokens):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from finetune.recipe.words import NAMED, Fields, Fraction, Kind, Positive, Rate, registered
 
@@ -35,13 +35,10 @@ class Path(Kind):
     sigma_data: Rate | None = None
     """Of edm: the deviation of the latents, 0.5 if left out."""
 
-    @field_validator("zero_snr")
     @classmethod
-    def _has_an_answer(cls, zero_snr: bool | None, info: ValidationInfo) -> bool | None:
-        if zero_snr and info.data.get("prediction") == "epsilon":
-            raise ValueError("at zero SNR the picture is all noise, and epsilon teaches nothing there; "
-                             "take prediction: v_prediction")
-        return zero_snr
+    def misfit(cls, name: str, value, known: dict) -> str | None:
+        if name == "zero_snr" and value and known.get("prediction") == "epsilon":
+            return "at zero SNR the picture is all noise, and epsilon teaches nothing there; take prediction: v_prediction"
 
 
 class Timesteps(Kind):
@@ -65,21 +62,15 @@ class Timesteps(Kind):
     stratified: bool = False
     """Share out the noise levels among the examples of a step, so that losses vary less."""
 
-    @field_validator("scale")
     @classmethod
-    def _a_law(cls, scale: float | None, info: ValidationInfo) -> float | None:
-        if info.data.get("kind") == "mode" and not -1 <= scale <= 1.75:
-            raise ValueError(f"wants -1 to 1.75 for mode; given {scale:g}")
-        if info.data.get("kind") != "mode" and scale is not None and scale <= 0:
-            raise ValueError(f"wants more than 0; given {scale:g}")
-        return scale
-
-    @field_validator("max")
-    @classmethod
-    def _above_the_min(cls, most: float, info: ValidationInfo) -> float:
-        if most <= info.data.get("min", 0):
-            raise ValueError(f"wants more than min, which is {info.data['min']:g}; given {most:g}")
-        return most
+    def misfit(cls, name: str, value, known: dict) -> str | None:
+        mode = known.get("kind") == "mode"
+        if name == "scale" and mode and not -1 <= value <= 1.75:
+            return f"wants -1 to 1.75 for mode; given {value:g}"
+        if name == "scale" and not mode and value is not None and value <= 0:
+            return f"wants more than 0; given {value:g}"
+        if name == "max" and value <= known.get("min", 0):
+            return f"wants more than min, which is {known['min']:g}; given {value:g}"
 
 
 class Weighting(Kind):
@@ -173,10 +164,8 @@ class Objective(Kind):
     adversarial: Adversarial | None = None
     """Of decode: a discriminator teaches what errors of pixels do not, sharpness, such as `{start: 500}`."""
 
-    @field_validator("timesteps")
     @classmethod
-    def _over_sigma(cls, timesteps: Timesteps | None, info: ValidationInfo) -> Timesteps | None:
-        path = info.data.get("path")
-        if timesteps and timesteps.kind == "log_normal" and (path is None or path.kind != "edm"):
-            raise ValueError("log_normal is a law of σ, which the path edm has; take logit_normal")
-        return timesteps
+    def misfit(cls, name: str, value, known: dict) -> str | None:
+        path = known.get("path")
+        if name == "timesteps" and value and value.kind == "log_normal" and (path is None or path.kind != "edm"):
+            return "log_normal is a law of σ, which the path edm has; take logit_normal"

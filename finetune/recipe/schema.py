@@ -84,13 +84,11 @@ class Base(Fields):
     """Hold the frozen weights of the denoiser's and the text encoders' linear layers in 4 or 8 bits, for less memory and a
     slower step; adapters stay float32. It needs bitsandbytes. See docs/decisions/0010."""
 
-    @field_validator("quantize")
     @classmethod
-    def _nothing_to_merge(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value and info.data.get("adapters"):
-            raise ValueError("base.adapters cannot be merged into few bits; merge them first, with `finetune merge`, and give "
-                             "what that writes as base.path")
-        return value
+    def misfit(cls, name: str, value, known: dict) -> str | None:
+        if name == "quantize" and value and known.get("adapters"):
+            return ("base.adapters cannot be merged into few bits; merge them first, with `finetune merge`, and give what "
+                    "that writes as base.path")
 
     @property
     def parts(self) -> dict[str, str]:
@@ -155,23 +153,6 @@ class Recipe(Fields):
     diffusers for the methods full and control, whose results are diffusers folders (single_file writes that in the original
     naming), and for a LoRA of sd3, which has no form that all tools read."""
 
-    @field_validator("method")
-    @classmethod
-    def _each_kind_once(cls, methods: tuple[Method, ...], info: ValidationInfo) -> tuple[Method, ...]:
-        kinds = tuple(method.kind for method in methods)
-        different(kinds)
-        base = info.data.get("base")
-        if base and base.quantize and (own := {"full", "control", "vae_decoder"} & set(kinds)):
-            raise ValueError(f"{own.pop()} trains weights of the base, or a copy, which base.quantize: {base.quantize} holds "
-                             "in few bits; leave one of them out")
-        data, control = info.data.get("data"), "control" in kinds
-        if data and control != bool(data.condition):
-            raise ValueError("control wants data.condition, a folder with what it is to see of each picture" if control else
-                             "data.condition is for the method control; leave it out")
-        if control and (len(kinds) > 1 or data and (data.prior or data.inpaint)):
-            raise ValueError("control is trained alone: without other methods, data.prior and data.inpaint")
-        return methods
-
     @field_validator("objective", "train", mode="before")
     @classmethod
     def _of_the_method(cls, words: object, info: ValidationInfo) -> object:
@@ -181,41 +162,53 @@ class Recipe(Fields):
                    "train": {"optimizer": "adamw8bit"} if "full" in kinds else {}}[info.field_name]
         return follows | words if isinstance(words, dict) else words
 
-    @field_validator("train")
     @classmethod
-    def _fits_the_rest(cls, train: Train, info: ValidationInfo) -> Train:
-        if train.compile and "vae_decoder" in _kinds(info.data):
-            raise ValueError("compile: is of the denoiser, which vae_decoder does not run; leave it out")
-        if train.gradient_release and "data" in info.data and info.data["data"].prior:
-            raise ValueError("gradient_release: data.prior adds a batch to each step, and there is no gradient to add up "
-                             "with; leave one of the two out")
-        return train
+    def misfit(cls, name: str, value, known: dict) -> str | None:
+        rule = {"method": cls._method, "train": cls._train, "preview": cls._preview, "every": cls._every}.get(name)
+        return rule and rule(value, known)
 
-    @field_validator("preview")
-    @classmethod
-    def _something_that_follows(cls, preview: Preview, info: ValidationInfo) -> Preview:
-        if preview.conditions and "method" in info.data and not ("control" in _kinds(info.data) and preview.prompts):
-            raise ValueError("conditions are for the method control, and go with prompts; leave them out")
-        return preview
+    @staticmethod
+    def _method(methods: tuple[Method, ...], known: dict) -> str | None:
+        kinds = tuple(method.kind for method in methods)
+        different(kinds)
+        base, data, control = known.get("base"), known.get("data"), "control" in kinds
+        if base and base.quantize and (own := {"full", "control", "vae_decoder"} & set(kinds)):
+            return (f"{own.pop()} trains weights of the base, or a copy, which base.quantize: {base.quantize} holds in few "
+                    "bits; leave one of them out")
+        if data and control != bool(data.condition):
+            return "control wants data.condition, a folder with what it is to see of each picture" if control else \
+                "data.condition is for the method control; leave it out"
+        if control and (len(kinds) > 1 or data and (data.prior or data.inpaint)):
+            return "control is trained alone: without other methods, data.prior and data.inpaint"
 
-    @field_validator("every")
-    @classmethod
-    def _something_to_look_at(cls, every: Every, info: ValidationInfo) -> Every:
-        if every.preview and "preview" in info.data and not info.data["preview"].prompts:
-            raise ValueError(f"preview: {every.preview} has nothing to sample: preview.prompts is empty")
-        if every.preview and "preview" in info.data and "control" in _kinds(info.data) and not info.data["preview"].conditions:
-            raise ValueError(f"preview: {every.preview} has nothing to follow: preview.conditions is empty")
-        if not every.preview and "preview" in info.data and info.data["preview"].thumbnail:
-            raise ValueError("preview.thumbnail is the first preview, and preview: 0 samples none")
-        if every.validate and "data" in info.data and not info.data["data"].validation:
-            raise ValueError(f"validate: {every.validate} has nothing to measure: data.validation is null")
-        train, preview = info.data.get("train"), info.data.get("preview")
+    @staticmethod
+    def _train(train: Train, known: dict) -> str | None:
+        if train.compile and "vae_decoder" in _kinds(known):
+            return "compile: is of the denoiser, which vae_decoder does not run; leave it out"
+        if train.gradient_release and "data" in known and known["data"].prior:
+            return ("gradient_release: data.prior adds a batch to each step, and there is no gradient to add up with; leave "
+                    "one of the two out")
+
+    @staticmethod
+    def _preview(preview: Preview, known: dict) -> str | None:
+        if preview.conditions and "method" in known and not ("control" in _kinds(known) and preview.prompts):
+            return "conditions are for the method control, and go with prompts; leave them out"
+
+    @staticmethod
+    def _every(every: Every, known: dict) -> str | None:
+        data, train, preview = (known.get(word) for word in ("data", "train", "preview"))
+        if every.preview and preview and not preview.prompts:
+            return f"preview: {every.preview} has nothing to sample: preview.prompts is empty"
+        if every.preview and preview and "control" in _kinds(known) and not preview.conditions:
+            return f"preview: {every.preview} has nothing to follow: preview.conditions is empty"
+        if not every.preview and preview and preview.thumbnail:
+            return "preview.thumbnail is the first preview, and preview: 0 samples none"
+        if every.validate and data and not data.validation:
+            return f"validate: {every.validate} has nothing to measure: data.validation is null"
         if train and isinstance(train.keep_best, bool) and (train.keep_best or train.patience) and not every.validate:
-            raise ValueError(f"train.{'keep_best' if train.keep_best else 'patience'} goes by every.validate, which is 0")
-        if preview and preview.metrics:
-            if not every.preview or 1 not in preview.strengths:
-                raise ValueError("preview.metrics are of what every.preview samples at the strength 1, and that is left out")
+            return f"train.{'keep_best' if train.keep_best else 'patience'} goes by every.validate, which is 0"
+        if preview and preview.metrics and (not every.preview or 1 not in preview.strengths):
+            return "preview.metrics are of what every.preview samples at the strength 1, and that is left out"
         if train and preview and not isinstance(train.keep_best, bool):
             if train.keep_best not in [word.partition(":")[0] for word in preview.metrics]:
-                raise ValueError(f"train.keep_best goes by {train.keep_best}, which is none of preview.metrics")
-        return every
+                return f"train.keep_best goes by {train.keep_best}, which is none of preview.metrics"

@@ -14,7 +14,6 @@ def folder() -> Path:
 
 
 def paths() -> list[Path]:
-    """The recipe files, by name."""
     return sorted(folder().glob("*.yaml"))
 
 

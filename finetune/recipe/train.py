@@ -37,12 +37,10 @@ class Schedule(Kind):
     floor: Fraction = 0.0
     """The share of the peak that it falls to."""
 
-    @field_validator("floor")
     @classmethod
-    def _to_fall_to(cls, floor: float, info: ValidationInfo) -> float:
-        if floor and info.data.get("kind") == "constant":
-            raise ValueError("constant does not fall; leave it out")
-        return floor
+    def misfit(cls, name: str, value, known: dict) -> str | None:
+        if name == "floor" and value and known.get("kind") == "constant":
+            return "constant does not fall; leave it out"
 
 
 class Train(Fields):
@@ -120,51 +118,32 @@ class Train(Fields):
         units = {"h": 3600, "m": 60, "s": 1}
         return sum(int(count) * units[unit] for count, unit in re.findall("([0-9]+)([hms])", self.max_time))
 
-    @field_validator("warmup_steps")
-    @classmethod
-    def _within_the_run(cls, steps: int, info: ValidationInfo) -> int:
-        if steps > info.data.get("max_steps", steps):
-            raise ValueError(f"{steps} is more than train.max_steps, which is {info.data['max_steps']}")
-        return steps
-
-    @field_validator("gradient_release")
-    @classmethod
-    def _needs_no_whole_gradient(cls, release: bool, info: ValidationInfo) -> bool:
-        known = info.data
-        needs = {"gradient_accumulation above 1 sums up": known.get("gradient_accumulation", 1) > 1,
-                 "clip_norm measures": known.get("clip_norm") is not None,
-                 "fp16 looks through": known.get("mixed_precision") == "fp16",
-                 f"{known.get('optimizer')} steps by": known.get("optimizer") in ("prodigy", "schedule_free_adamw")}
-        if release and any(needs.values()):
-            raise ValueError(f"{' and '.join(why for why, so in needs.items() if so)} the whole gradient, of which there is "
-                             "never more than a part; clip_norm: null and gradient_accumulation: 1 go with it")
-        return release
-
-    @field_validator("lean")
-    @classmethod
-    def _not_compiled(cls, lean: bool | None, info: ValidationInfo) -> bool | None:
-        if lean and info.data.get("compile"):
-            raise ValueError("what is compiled decides by itself what it keeps; leave one of the two out")
-        return lean
-
-    @field_validator("schedule")
-    @classmethod
-    def _can_be_run(cls, schedule: Schedule, info: ValidationInfo) -> Schedule:
-        if info.data.get("optimizer") == "schedule_free_adamw" and schedule.kind != "constant":
-            raise ValueError(f"{schedule.kind} does not fit schedule_free_adamw, which averages over the run in place of a "
-                             "schedule; leave it out, or give warmup_steps alone")
-        if schedule.cycles and {"max_steps", "warmup_steps"} <= info.data.keys():
-            steps = info.data["max_steps"] - info.data["warmup_steps"]
-            if schedule.cycles > steps:
-                raise ValueError(f"{schedule.cycles} cycles do not fit in the {steps} steps after the warm-up")
-        return schedule
-
     @field_validator("betas")
     @classmethod
     def _of_the_optimizer(cls, betas: Pair[float] | None, info: ValidationInfo) -> Pair[float] | None:
-        optimizer = info.data.get("optimizer")
-        if betas and optimizer and optimizer not in BETAS:
-            raise ValueError(f"{optimizer} has none; leave it out")
-        if betas and optimizer == "schedule_free_adamw" and betas[0] == 0:
-            raise ValueError("the first is more than 0 for schedule_free_adamw, which divides by it")
-        return betas or BETAS.get(optimizer)
+        return betas or BETAS.get(info.data.get("optimizer"))
+
+    @classmethod
+    def misfit(cls, name: str, value, known: dict) -> str | None:
+        optimizer, most, warmup = (known.get(word) for word in ("optimizer", "max_steps", "warmup_steps"))
+        if name == "warmup_steps" and most and value > most:
+            return f"{value} is more than train.max_steps, which is {most}"
+        if name == "schedule" and optimizer == "schedule_free_adamw" and value.kind != "constant":
+            return (f"{value.kind} does not fit schedule_free_adamw, which averages over the run in place of a schedule; "
+                    "leave it out, or give warmup_steps alone")
+        if name == "schedule" and value.cycles and None not in (most, warmup) and value.cycles > most - warmup:
+            return f"{value.cycles} cycles do not fit in the {most - warmup} steps after the warm-up"
+        if name == "betas" and value and optimizer and optimizer not in BETAS:
+            return f"{optimizer} has none; leave it out"
+        if name == "betas" and value and optimizer == "schedule_free_adamw" and value[0] == 0:
+            return "the first is more than 0 for schedule_free_adamw, which divides by it"
+        if name == "gradient_release" and value:
+            needs = {"gradient_accumulation above 1 sums up": known.get("gradient_accumulation", 1) > 1,
+                     "clip_norm measures": known.get("clip_norm") is not None,
+                     "fp16 looks through": known.get("mixed_precision") == "fp16",
+                     f"{optimizer} steps by": optimizer in ("prodigy", "schedule_free_adamw")}
+            if any(needs.values()):
+                return (f"{' and '.join(why for why, so in needs.items() if so)} the whole gradient, of which there is never "
+                        "more than a part; clip_norm: null and gradient_accumulation: 1 go with it")
+        if name == "lean" and value and known.get("compile"):
+            return "what is compiled decides by itself what it keeps; leave one of the two out"

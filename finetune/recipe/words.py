@@ -16,23 +16,36 @@ class Fields(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+    @field_validator("*")
+    @classmethod
+    def _goes_with_the_rest(cls, value: object, info: ValidationInfo) -> object:
+        if why := cls.misfit(info.field_name, value, info.data):
+            raise ValueError(why)
+        return value
+
+    @classmethod
+    def misfit(cls, name: str, value, known: dict) -> str | None:
+        """Why the value of this field does not go with the fields before it, as far as these are right; None where it does."""
+
 
 class Kind(Fields):
     """A word and what belongs to it alone; the rest must be left out."""
 
     model_config = ConfigDict(validate_default=True)
-    own: ClassVar[dict[str, dict]]      # kind → its own fields and their defaults
+    own: ClassVar[dict[str, dict]]      # word → its own fields and their defaults
+    word: ClassVar[str] = "kind"        # the field that holds the word
     called: ClassVar[str] = "kind"
 
     @field_validator("*")
     @classmethod
-    def _of_its_kind(cls, value: object, info: ValidationInfo) -> object:
-        kind, owners = info.data.get("kind"), [kind for kind, fields in cls.own.items() if info.field_name in fields]
-        if kind is None or not owners:
-            return value
-        if kind not in owners and value is not None:
-            raise ValueError(f"is of {', '.join(owners)}, and the {cls.called} is {kind}; leave it out")
-        return cls.own[kind].get(info.field_name) if value is None else value
+    def _goes_with_the_rest(cls, value: object, info: ValidationInfo) -> object:
+        name, word = info.field_name, info.data.get(cls.word)
+        owners = [word for word, fields in cls.own.items() if name in fields]
+        if word is not None and owners:
+            if word not in owners and value != cls.model_fields[name].default:
+                raise ValueError(f"is of {', '.join(owners)}, and the {cls.called} is {word}; leave it out")
+            value = cls.own[word].get(name) if value is None else value
+        return super()._goes_with_the_rest(value, info)
 
 
 def _registered(group: str, name: str) -> str:

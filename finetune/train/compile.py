@@ -13,7 +13,7 @@ SHAPES = 256        # kinds of blocks times buckets that may be compiled; torch 
 
 def compile_blocks(denoiser: nn.Module, device: torch.device, kept: Path) -> None:
     """Have the blocks that make up the denoiser compiled when a step first runs them; what samples, validates and proves runs
-    them as they are (see `stepping`). Compiled code is kept in the folder. Raises FinetuneError where nothing can be compiled."""
+    them as they are (see loop.py). Compiled code is kept in the folder. Raises FinetuneError where nothing can be compiled."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
     torch._dynamo.config.recompile_limit = SHAPES
     try:
@@ -25,8 +25,3 @@ def compile_blocks(denoiser: nn.Module, device: torch.device, kept: Path) -> Non
         if type(block).__name__ in {*denoiser._repeated_blocks, "ResnetBlock2D"}:
             block.compile(dynamic=False)
     torch.compiler.set_stance("force_eager")
-
-
-def stepping():
-    """Inside, what is compiled is used."""
-    return torch.compiler.set_stance("default")

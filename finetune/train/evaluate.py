@@ -17,11 +17,11 @@ from finetune import __version__, registry
 from finetune.data import encode
 from finetune.data.index import build
 from finetune.data.pictures import Reading
-from finetune.data.sources import Source
 from finetune.errors import FinetuneError, refuse
 from finetune.metrics._eye import Network, Pixels
 from finetune.metrics._intervals import LEVEL, RESAMPLES, facts
 from finetune.metrics.base import Album, Measured, Painted, album
+from finetune.recipe.data import Images
 from finetune.train import adapters
 from finetune.train.jobs import Job
 from finetune.train.preview import grid
@@ -53,15 +53,15 @@ def subjects(words: Sequence[str]) -> list[Subject]:
     """The base, then each FILE[:STRENGTH] or run folder, all under different names. Raises FinetuneError."""
     found = [Subject("base", [])]
     for word in words:
-        one = of_run(Path(word)) if Path(word).is_dir() else of_file(*adapters.named(word))
+        if Path(word).is_dir():
+            one = of_run(Path(word))
+        else:
+            path, strength = adapters.named(word)
+            one = Subject(path.stem if strength == 1 else f"{path.stem}-strength{strength:.15g}", [(path, strength)])
         taken = {other.name for other in found}
         names = [one.name, *(f"{one.name}-{number}" for number in range(2, len(words) + 2))]
         found.append(Subject(next(name for name in names if name not in taken), one.files))
     return found
-
-
-def of_file(path: Path, strength: float) -> Subject:
-    return Subject(path.stem if strength == 1 else f"{path.stem}-strength{strength:.15g}", [(path, strength)])
 
 
 def of_run(folder: Path) -> Subject:
@@ -104,7 +104,7 @@ def eyes(wanted: Sequence[Metric], prompts: list[str]) -> dict[str, object]:
 
 def training(place: str) -> Album:
     """Training pictures. Raises FinetuneError for those that cannot be read."""
-    index = build([Source(place)], Reading(), None, lambda line: None, True, "--images")
+    index = build([Images(path=place)], Reading(), None, lambda line: None, True, "--images")
     encode.refuse([note for note in index.notes if note.fatal])
     return Album([index.name(i) for i in range(len(index))], index.read)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from finetune import __version__
-from finetune.artifact import WHOLE, Artifact, modules, weights_of
-from finetune.change import core
+from finetune.artifact import Artifact, weights_of
 from finetune.data.loader import Stream
 from finetune.disk import write_text
 from finetune.errors import FinetuneError
@@ -105,27 +104,21 @@ def checked(run: Run, paths: list[Path]) -> dict[str, list[verify.Check]]:
 
 def said(run: Run, method) -> dict[str, dict[float, torch.Tensor]]:
     """What the text encoder makes of each learned token: {token: {strength of the method alone: states}}."""
-    found: dict[str, dict[float, torch.Tensor]] = {token: {} for token in method.tokens}
+    found: dict[str, dict[float, torch.Tensor]] = {token: {} for token in method.words.tokens}
     for strength in (0.0, 1.0):
         with method.at(strength):
-            for token in method.tokens:
+            for token in method.words.tokens:
                 found[token][strength] = verify.states(run.family, token)
     return found
 
 
 def check(artifact: Artifact) -> None:
     """Raise FinetuneError for an adapter that is not finite, as it is or multiplied out, or changes nothing."""
-    bad, moved = [name for name, t in artifact.tensors.items() if not t.isfinite().all()], False
-    whole = artifact.kind in (*WHOLE, "embedding")
-    for (part, path), module in modules(artifact.tensors).items() if not whole else ():
-        change = core(module)
-        moved |= bool(change.any())
-        bad += [] if change.isfinite().all() else [f"{part}.{path}"]
-    if bad:
-        raise FinetuneError(f"{len(bad)} trained tensors are not finite ({min(bad)}, …): no adapter is written; "
-                            "lower train.learning_rate and start again with --fresh")
-    if not (whole or moved):
-        raise FinetuneError("the adapter changes nothing: no adapter is written; raise train.learning_rate or train.max_steps")
+    advice = {"finite": "lower train.learning_rate and start again with --fresh",
+              "not zero": "raise train.learning_rate or train.max_steps"}
+    for each in verify.numbers(artifact):
+        if not each.passed:
+            raise FinetuneError(f"{each.name}: {each.found}: no adapter is written; {advice[each.name]}")
 
 
 def metadata(run: Run) -> dict[str, str]:
@@ -142,7 +135,7 @@ def metadata(run: Run) -> dict[str, str]:
                       for method in recipe["method"]]
     train, caption = told["train"], run.recipe.data.caption
     words = [word for word in (caption.trigger, *(token for method in run.method.methods if method.kind == "embedding"
-                                                  for token in method.tokens)) if word]
+                                                  for token in method.words.tokens)) if word]
     folders = {image["path"]: image["repeats"] for image in images}
     sizes = Counter(f"{w}x{h}" for h, w in learned.sizes.tolist())
     described = {

@@ -1,6 +1,6 @@
 """What a run stands on: the recipe's pictures in their order, and the base, before a method changes it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,19 +13,19 @@ from finetune import device, registry
 from finetune.data import cache, encode
 from finetune.data.buckets import assign, sizes
 from finetune.data.cache import Cache
-from finetune.data.captions import Captions, Tags, literal
+from finetune.data.captions import Captions, literal
 from finetune.data.duplicates import overlap
 from finetune.data.index import Index, build, concatenated
 from finetune.data.loader import Encoded, Stream, View
 from finetune.data.order import Order
 from finetune.data.pictures import Reading
-from finetune.data.sources import Source
 from finetune.data.split import split
 from finetune.data.tables import Note
 from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.formats import base as formats
 from finetune.recipe import Recipe
+from finetune.recipe.data import Images
 from finetune.train import prior as prior_pictures
 from finetune.train.learned import Learned
 from finetune.train.learned import words as learned_words
@@ -145,9 +145,9 @@ def pictures(recipe: Recipe, say: Say, quiet: bool) -> tuple[Index, Index | None
 def found(recipe: Recipe, role: Role, say: Say, quiet: bool) -> Index | None:
     """The pictures of a role as they lie there, whatever is wrong with them; None where the recipe names no place."""
     data = recipe.data
-    sources = {"learn": [Source(**source.model_dump()) for source in data.images],
-               "validation": data.validation and data.validation.images and [Source(data.validation.images)],
-               "class": data.prior and data.prior.images and [Source(data.prior.images)]}[role]
+    sources = {"learn": data.images,
+               "validation": data.validation and data.validation.images and [Images(path=data.validation.images)],
+               "class": data.prior and data.prior.images and [Images(path=data.prior.images)]}[role]
     masks = data.mask.source if data.mask and role != "class" else None
     field = {"learn": "data.images", "validation": "data.validation.images", "class": "data.prior.images"}[role]
     holes = data.inpaint.masks if data.inpaint and role != "class" else None
@@ -178,7 +178,7 @@ def words(recipe: Recipe, role: Role = "learn") -> Captions:
         return Captions(((recipe.data.prior.template or literal(recipe.data.prior.prompt), 1.0),))
     caption = recipe.data.caption
     return Captions(tuple((choice.template, choice.weight) for choice in caption.template), caption.trigger, caption.prefix,
-                    caption.suffix, caption.tags and Tags(**caption.tags.model_dump()), caption.wildcards,
+                    caption.suffix, caption.tags, caption.wildcards,
                     0.0 if role == "validation" else caption.dropout)
 
 
@@ -223,7 +223,7 @@ def class_pictures(recipe: Recipe, ground: Ground, accelerator: Accelerator, say
         ground.family.parts["denoiser"].to(accelerator.device)
         prior_pictures.make(where, missing, *settings, ground.family, quiet)
     accelerator.wait_for_everyone()
-    made = build([Source(str(where))], reading(recipe), None, say, quiet, "data.prior")
+    made = build([Images(path=str(where))], reading(recipe), None, say, quiet, "data.prior")
     made = usable(made.take(np.arange(missing)), recipe, say, words(recipe, "class"))
     return concatenated([there, made]) if there else made
 
@@ -262,19 +262,22 @@ def encoded(ground: Ground, trains: tuple[str, ...], steps: int, accelerator: Ac
     return replace(ground, streams=known[:len(ground.streams)], validation=known[-1] if ground.validation else None)
 
 
-def let_go(recipe: Recipe, ground: Ground, trains: tuple[str, ...]) -> None:
-    """Free the parts that no step needs; who asks for one later gets it loaded anew. All stay for previews, for a model that
-    is written as a whole, and where adapters were merged into the base, which loading anew would not have."""
+def needed(recipe: Recipe, trains: tuple[str, ...], parts: Iterable[str], latents: bool, texts: bool) -> set[str]:
+    """The parts that steps need where `latents` and `texts` are known beforehand. All stay for previews, for a model that is
+    written as a whole, and where adapters were merged into the base, which loading anew would not have."""
     if recipe.every.preview or recipe.base.adapters or any(method.kind == "full" for method in recipe.method):
-        return
-    needed = set(trains)
-    if recipe.objective.kind == "denoise":
-        told = [stream.encoded for stream in ground.all]
-        latents = all(own.latents for own in told) and not ground.family.shows
-        needed |= {"denoiser"} | (set() if latents else {"vae"})
-        needed |= set() if all(own.text for own in told) else ground.family.parts.keys() - {"denoiser", "vae"}
-    for part in ground.family.parts.keys() - needed:
-        ground.family.parts.let_go(part, ground.weights[part])
+        return set(parts)
+    if recipe.objective.kind != "denoise":
+        return set(trains)
+    return {*trains, "denoiser", *(() if latents else ("vae",)), *(() if texts else {*parts} - {"denoiser", "vae"})}
+
+
+def let_go(recipe: Recipe, ground: Ground, trains: tuple[str, ...]) -> None:
+    """Free the parts that no step needs; who asks for one later gets it loaded anew."""
+    told, parts = [stream.encoded for stream in ground.all if stream.encoded], ground.family.parts
+    latents = all(own.latents for own in told) and not ground.family.shows
+    for part in {*parts} - needed(recipe, trains, parts, latents, all(own.text for own in told)):
+        parts.let_go(part, ground.weights[part])
 
 
 def encoders(ground: Ground, device_type: str) -> tuple[str, str]:

@@ -34,9 +34,6 @@ def infotext(facts: dict, loras: dict[str, float]) -> str:
         line["Denoising strength"] = facts["strength"]
     negative = [f"Negative prompt: {facts['negative']}"] if facts["negative"] else []
     prompt = " ".join([facts["prompt"], *(f"<lora:{name}:{strength:g}>" for name, strength in loras.items())])
-    return "\n".join([prompt, *negative,
-                      ", ".join(f"{name}: {_quoted(str(value))}" for name, value in line.items())])
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if any(sign in text for sign in ",\n:") else text
+    words = {name: json.dumps(str(value), ensure_ascii=False) if any(sign in str(value) for sign in ",\n:") else value
+             for name, value in line.items()}
+    return "\n".join([prompt, *negative, ", ".join(f"{name}: {value}" for name, value in words.items())])

@@ -14,9 +14,9 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
 from finetune.data.pictures import SUFFIXES
-from finetune.errors import FinetuneError, nearest, refuse
+from finetune.errors import FinetuneError, refuse
 from finetune.recipe.document import NotYaml, parse
-from finetune.recipe.explain import WANTED
+from finetune.recipe.explain import explain
 from finetune.recipe.words import Fields, Positive, Seed
 
 Row = tuple[str, str, dict]     # where it stands, what comes before a key there, the object
@@ -107,21 +107,9 @@ def jobs(rows: list[Row], others: Mapping[str, object]) -> list[Job]:
             for problem in error.errors(include_url=False):
                 key = str(problem["loc"][0]) if problem["loc"] else ""
                 place = f"--{key}" if key in others and key not in row else f"{where}{option}{key}" if key else where
-                problems.append(f"{place}: {_told(key, problem)}")
+                problems.append(f"{place}: {explain(problem, Job)}")
     refuse(list(dict.fromkeys(problems)))       # a mistake of the command line is in every row
     return made
-
-
-def _told(key: str, problem: dict) -> str:
-    kind, given = problem["type"], repr(problem["input"])
-    if kind == "extra_forbidden":
-        return f"unknown key{nearest(key, Job.model_fields)}\n    keys here: {', '.join(Job.model_fields)}"
-    if kind == "missing":
-        return "missing"
-    if kind == "value_error":
-        return str(problem["ctx"]["error"])
-    wanted = WANTED[kind].format(**problem.get("ctx", {})) if kind in WANTED else problem["msg"]
-    return f"wants {wanted}; given {given if len(given) <= 60 else given[:57] + '…'}"
 
 
 def spread(job: Job, where: str = "") -> list[Job]:

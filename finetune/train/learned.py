@@ -8,6 +8,7 @@ from finetune.data.index import Index
 from finetune.data.loader import Stream
 from finetune.errors import FinetuneError
 from finetune.recipe import Recipe
+from finetune.recipe.method import Token
 
 MOST = 1000     # values of a column: more are texts rather than classes
 
@@ -16,7 +17,7 @@ MOST = 1000     # values of a column: more are texts rather than classes
 class Learned:
     """The tokens, and what they stand for in captions."""
 
-    tokens: dict[str, dict] = field(default_factory=dict)               # token -> init, the words it begins as, and vectors
+    tokens: dict[str, Token] = field(default_factory=dict)              # each as if the recipe named it
     stands: dict[str, dict[str, str]] = field(default_factory=dict)     # column -> value -> token
 
 
@@ -57,7 +58,7 @@ def check_said(learned: Learned, stream: Stream, steps: int, family) -> None:
 def _add(found: Learned, name: str, init: str, vectors: int) -> None:
     if name in found.tokens:
         raise FinetuneError(f"method.tokens: {name} stands for two things; rename one of them")
-    found.tokens[name] = {"init": init, "vectors": vectors}
+    found.tokens[name] = Token(init=init, vectors=vectors)
 
 
 def _values(index: Index, column: str) -> list[str]:

@@ -83,8 +83,8 @@ def lint(recipe: Recipe, say: Say) -> Report:
     size = recipe.train.batch_size * recipe.train.gradient_accumulation
     learned = report.tried("token", learned_words, recipe, indexes["learn"]) if "learn" in indexes else None
     if family and learned and learned.tokens:
-        report.tried("token", tokens.extend, family, {name: {"text": torch.empty(words["vectors"], 0)}
-                                                      for name, words in learned.tokens.items()}, "method.tokens: ")
+        report.tried("token", tokens.extend, family, {name: {"text": torch.empty(token.vectors, 0)}
+                                                      for name, token in learned.tokens.items()}, "method.tokens: ")
     streams = {role: report.tried("size", ground.stream, recipe, family.stride if family else 8, size, index, role,
                                   learned.stands if learned else {}) for role, index in indexes.items()}
     if indexes:
@@ -187,7 +187,7 @@ def check_length(stream: Stream, recipe: Recipe, family) -> list[Note]:
 
 def undrawn(captions: Captions) -> Captions:
     """The captions without what is drawn, but for wildcards."""
-    tags = captions.tags and replace(captions.tags, shuffle=False, dropout=0.0)
+    tags = captions.tags and captions.tags.model_copy(update={"shuffle": False, "dropout": 0.0})
     return replace(captions, dropout=0.0, tags=tags)
 
 
@@ -200,7 +200,6 @@ def buckets(stream: Stream) -> list[dict]:
 
 
 def plan(stream: Stream, recipe: Recipe) -> dict:
-    """How the steps of one process go over the pictures."""
     steps, epoch = recipe.train.max_steps, stream.order.steps
     found = {"steps": steps, "size": stream.order.size, "epoch": epoch,
              "seen": [(source.path, steps / epoch * source.repeats) for source in recipe.data.images]}

@@ -14,7 +14,6 @@ from finetune.optim.schedule import factor
 from finetune.train import checkpoint, preview, trackers
 from finetune.train.alarm import AFTER, alarms, traces
 from finetune.train.best import criterion, history, note, over
-from finetune.train.compile import stepping
 from finetune.train.lean import lean, wanted
 from finetune.train.release import released
 from finetune.train.setup import Run, seed_step, to_device
@@ -90,7 +89,7 @@ def one_step(run: Run, step: int, batches: list[Batch]) -> tuple[torch.Tensor, t
             seed_step(recipe.seed, batch.positions[0])
             light = lean() if wanted(recipe, accelerator.device) else nullcontext()
             with light, nullcontext() if batch is batches[-1] else accelerator.no_sync(run.model):
-                with stepping() if recipe.compile else nullcontext():
+                with torch.compiler.set_stance("default") if recipe.compile else nullcontext():     # what is compiled is used
                     loss = run.model(to_device(batch, accelerator.device))
                 # × 1, or × NaN when this loss is not finite: then no process's gradient is, for they are averaged.
                 accelerator.backward(loss * (1 + 0 * loss.detach()))

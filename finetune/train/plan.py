@@ -30,10 +30,9 @@ from finetune.families._quantized import quantize
 from finetune.recipe import Recipe
 from finetune.train import ground
 from finetune.train.lean import lean, wanted
-from finetune.train.recompute import recompute
 from finetune.train.release import released
 from finetune.train.sampling import previews
-from finetune.train.together import Together
+from finetune.train.together import built
 
 STATE = {"adamw": 8, "adamw8bit": 2 + 8 / 256, "lion": 4, "lion8bit": 1 + 4 / 256, "adafactor": 0, "prodigy": 16,
          "schedule_free_adamw": 8, "sgd": 4}        # bytes of the optimizer for each number that is trained
@@ -137,13 +136,16 @@ def needs(recipe: Recipe) -> Need:
                 for name in family.parts.keys() - {"vae"}:
                     quantize(family.parts[name], recipe.base.quantize)
             weights = {name: size(part) for name, part in family.parts.items()}
-            method = install(recipe, family)
+            # A token for each value of a column counts as one, since pictures are not looked at.
+            method = built(recipe, {name: token.model_copy(update={"init": token.init or "a"}) for words in recipe.method
+                                    if words.kind == "embedding" for name, token in words.tokens.items()})
+            method.install(family)
             objective = decoding(recipe) if method.objective == "decode" else None
         if "control" in family.parts:
             weights["control"] = size(family.parts["control"])
         networks = objective.networks if objective else {}
         weights |= {name: size(network) for name, network in networks.items()}
-        denoiser, vae = family.parts["denoiser"], family.parts["vae"]
+        vae = family.parts["vae"]
         own = [*method.parameters().values()]
         parameters = own + [p for network in networks.values() for p in network.parameters()]
         count = sum(p.numel() for p in parameters)
@@ -168,14 +170,14 @@ def needs(recipe: Recipe) -> Need:
             with torch.no_grad():
                 phases["caching"] = everything - weights["denoiser"] + live.over(lambda: vae.encode(drawn(1)).latent_dist.mean)
         if recipe.train.gradient_checkpointing:
-            for part in {"denoiser" if denoises else "vae"} | {*method.trains} & {"control"}:
-                recompute(family.parts[part], recipe.train.gradient_checkpointing)
+            method.compute_twice(family, recipe.train.gradient_checkpointing)
         for part in method.trains:
             family.parts[part].train()
         light = lean() if wanted(recipe.train, device.best()) else nullcontext()    # as on this machine
         with counter() as flops, light:
             step = live.over(lambda: one_step(recipe, parameters, loss))
-        held = sum(weights[part] for part in kept(recipe, method, weights) | networks.keys()) + adapters + state
+        kept = ground.needed(recipe, method.trains, weights, latents=recipe.data.crop != "random", texts=True)
+        held = sum(weights[part] for part in kept | networks.keys()) + adapters + state
         phases["training"] = held + copy + step
         stepping = [p.nbytes + 8 * p.numel() * (p.dtype == torch.bfloat16) for p in parameters]     # bfloat16 steps in float32
         phases["optimizer step"] = held + copy + (max if recipe.train.gradient_release else sum)(stepping)
@@ -209,7 +211,6 @@ def counter() -> FlopCounterMode:
 
 
 def largest(recipe: Recipe) -> tuple[int, int]:
-    """Height and width of the recipe's largest bucket."""
     if not (buckets := recipe.data.buckets):
         return recipe.data.resolution, recipe.data.resolution
     known = sizes(recipe.data.resolution, buckets.step, buckets.shortest, buckets.longest)
@@ -220,30 +221,6 @@ def size(part: torch.nn.Module) -> int:
     return sum(t.nbytes for t in (*part.parameters(), *part.buffers()))
 
 
-def install(recipe: Recipe, family) -> Together:
-    """The recipe's methods; a token for each value of a column counts as one, since pictures are not looked at."""
-    methods = []
-    for words in recipe.method:
-        fields = words.model_dump(exclude={"until", "kind", "start_from"})
-        if words.kind == "embedding":
-            fields["tokens"] = {name: {"init": token.init or "a", "vectors": token.vectors}
-                                for name, token in words.tokens.items()}
-        methods.append(registry.find("methods", words.kind).build(**fields, seed=recipe.train.seed))
-    together = Together(tuple(methods), tuple(words.until for words in recipe.method))
-    together.install(family)
-    return together
-
-
-def kept(recipe: Recipe, method: Together, weights: dict[str, int]) -> set[str]:
-    """The parts that the steps have in memory: see ground.let_go."""
-    if recipe.every.preview or recipe.base.adapters or any(words.kind == "full" for words in recipe.method):
-        return set(weights)
-    found = set(method.trains)
-    if method.objective == "denoise":
-        found |= {"denoiser"} | ({"vae"} if recipe.data.crop == "random" else set())
-    return found
-
-
 def decoding(recipe: Recipe):
     """The objective, but for what has to be fetched or drawn from numbers."""
     words = recipe.objective.model_dump(exclude={"kind"}, exclude_none=True) | {"lpips": 0.0, "sample": False}
@@ -251,7 +228,6 @@ def decoding(recipe: Recipe):
 
 
 def one_step(recipe: Recipe, parameters: list[torch.nn.Parameter], loss: Callable[[], Tensor]) -> None:
-    """Forward and backward of a batch."""
     with released(parameters, lambda norm: None) if recipe.train.gradient_release else nullcontext():
         loss().backward()
     for p in parameters:

@@ -1,6 +1,5 @@
 """Pictures to look at: the base beside what is trained so far, parts at rest meanwhile, and a labelled grid."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from finetune.recipe import Recipe
-from finetune.train.sampling import followed, generate, previews
+from finetune.train.sampling import followed, generate, previews, write
 
 MARGIN, LABEL = 6, 15       # pixels
 
@@ -49,9 +48,7 @@ def save(path: Path, recipe: Recipe, found: dict[float, Sequence[Image.Image]], 
     shown = {"condition": map(followed, jobs)} if recipe.preview.conditions else {}
     shown |= {label(strength, done): pictures for strength, pictures in found.items()}
     sheet = grid(list(zip(*shown.values())), [f"{job.prompt} · {job.seed}" for job in jobs], list(shown))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    sheet.save(part, "PNG")
-    os.replace(part, path)
+    write(sheet, path)
     return sheet
 
 

@@ -25,8 +25,8 @@ def folder(prompt: str, steps: int, guidance: float, resolution: int, seed: int,
 
 
 def make(where: Path, count: int, prompt: str, steps: int, guidance: float, resolution: int, seed: int, family,
-         quiet: bool) -> list[Path]:
-    """The first `count` pictures in `where`; those that are missing are made, under their names only when complete."""
+         quiet: bool) -> None:
+    """Have the first `count` pictures in `where`; those that are missing are made, under their names only when complete."""
     files = [where / f"{number:06d}.png" for number in range(count)]
     missing = [number for number, file in enumerate(files) if not file.exists()]
     with writing(f"data.prior: {where}", "\n    FINETUNE_CACHE=DIR puts it elsewhere"):
@@ -37,4 +37,3 @@ def make(where: Path, count: int, prompt: str, steps: int, guidance: float, reso
             with replacing(files[number]) as staged:
                 picture.save(staged, "PNG")
         used(where)
-    return files

@@ -22,11 +22,6 @@ def start_missing() -> None:
             "-m", "--", "finetune", *sys.argv[1:]])     # `--`: torchrun would take our --run for its --run-path
 
 
-def main() -> bool:
-    """Whether this is the process that writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def ordered() -> int:
     """The number of processes on the command line of the launcher that started this one; 1 when there is none."""
     parent = psutil.Process().parent()

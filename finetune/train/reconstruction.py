@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from finetune.data.loader import Stream, view_pixels
 from finetune.disk import write_text
@@ -34,30 +33,19 @@ def measure(run: Run) -> Measured:
 
 @torch.no_grad()
 def means(family, stream: Stream, network) -> dict[str, float]:
-    vae = family.parts["vae"]
-    rows = []
+    """Of each picture as it is fitted, unmirrored and from its middle, drawn again from its latent's most likely value."""
+    vae, rows = family.parts["vae"], []
+    still = replace(stream, view=replace(stream.view, random_crop=False, flip=False, mask=None))
     with resting(family.parts):
-        for x in pictures(stream):
-            x = x.to(vae.device)
-            drawn = again(vae, x)
+        for i in range(len(still.index)):
+            x = view_pixels(still.index, i, still.view, still.crop(i, 0), False)[0][None].to(vae.device)
+            found = vae.encode(x.to(vae.dtype))
+            drawn = vae.decode(found.latents if "latents" in found else found.latent_dist.mode()).sample.float()
             row = {"psnr": similarity.psnr(drawn, x), "ssim": similarity.ssim(drawn, x)}
             if network:
                 row["lpips"] = network.to(vae.device)(drawn, x).flatten()
             rows.append({name: value.item() for name, value in row.items()})
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-
-
-def pictures(stream: Stream):
-    """Each picture (1, 3, H, W) as it is fitted, unmirrored and from its middle."""
-    still = replace(stream, view=replace(stream.view, random_crop=False, flip=False, mask=None))
-    for i in range(len(still.index)):
-        yield view_pixels(still.index, i, still.view, still.crop(i, 0), False)[0][None]
-
-
-def again(vae, x: Tensor) -> Tensor:
-    """The picture, by way of its latent's most likely value."""
-    found = vae.encode(x.to(vae.dtype))
-    return vae.decode(found.latents if "latents" in found else found.latent_dist.mode()).sample.float()
 
 
 def table(found: Measured) -> str:

@@ -170,10 +170,14 @@ def page(folders: Sequence[Path], *blocks: str) -> str:
                            for run in runs}) for key, said in CURVES.items()}
     shown = {"runs": runs, "curves": {said: drawn for said, drawn in curves.items() if drawn},
              "differences": differences(runs)}
-    template = jinja2.Environment(loader=jinja2.PackageLoader("finetune", "assets"), autoescape=True, trim_blocks=True,
-                                  lstrip_blocks=True, undefined=jinja2.StrictUndefined).get_template("report.html")
-    return "".join(part for block in blocks for part in template.blocks[block](template.new_context(shown))) if blocks \
-        else template.render(shown)
+    whole = template("report.html")
+    return "".join(part for block in blocks for part in whole.blocks[block](whole.new_context(shown))) if blocks \
+        else whole.render(shown)
+
+
+def template(name: str) -> jinja2.Template:
+    return jinja2.Environment(loader=jinja2.PackageLoader("finetune", "assets"), autoescape=True, trim_blocks=True,
+                              lstrip_blocks=True, undefined=jinja2.StrictUndefined).get_template(name)
 
 
 def previews(folder: Path) -> dict[int, Path]:

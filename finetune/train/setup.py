@@ -32,10 +32,9 @@ from finetune.train import ground, trackers
 from finetune.train.compile import compile_blocks
 from finetune.train.judge import Judge
 from finetune.train.learned import check_said
-from finetune.train.recompute import recompute
 from finetune.train.sampling import followed, previews
 from finetune.train.step import TrainStep
-from finetune.train.together import Together
+from finetune.train.together import Together, built
 
 Say = Callable[[str], None]
 PACKAGES = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate")     # whose code makes numbers
@@ -121,8 +120,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     loader = Loader(base.streams, train.batch_size, train.gradient_accumulation, accelerator.process_index,
                     accelerator.num_processes, recipe.data.workers)
     if train.gradient_checkpointing:
-        for part in {"denoiser" if method.objective == "denoise" else "vae"} | {*method.trains} & {"control"}:
-            recompute(family.parts[part], train.gradient_checkpointing)
+        method.compute_twice(family, train.gradient_checkpointing)
     if train.compile:
         compile_blocks(family.parts["denoiser"], accelerator.device, cache.home().parent / "compiled")
     parameters = method.parameters()
@@ -150,23 +148,18 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
 
 def install(recipe: Recipe, base: ground.Ground) -> Together:
     """The recipe's methods, installed in the family. Raises FinetuneError for what they do not find there."""
-    methods, starts, family = [], [], base.family
-    for words in recipe.method:
-        fields = words.model_dump(exclude={"until"}) | ({"tokens": base.learned.tokens} if words.kind == "embedding" else {})
-        starts.append(fields.pop("start_from", None))
-        methods.append(registry.find("methods", fields.pop("kind")).build(**fields, seed=recipe.train.seed))
-    together = Together(tuple(methods), tuple(words.until for words in recipe.method))
+    together, family = built(recipe, base.learned.tokens), base.family
     if together.objective != recipe.objective.kind:
         raise FinetuneError(f"objective.kind: {recipe.method[0].kind} is trained by {together.objective!r}")
-    for method in methods:
+    for method in together.methods:
         for name in recipe.export:
             formats.check_kind(name, method.kind, "export: ")
             if (name, method.kind) == ("single_file", "full"):
                 single_file.check(family.spec)
     together.install(family)
     check_said(base.learned, base.streams[0], recipe.train.max_steps, family)
-    for method, start in zip(methods, starts):
-        if start:
+    for method in together.methods:
+        if start := getattr(method.words, "start_from", None):
             method.start_from(formats.load(start, family.spec))
     return together
 

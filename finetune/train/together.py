@@ -1,19 +1,23 @@
 """The methods of a run as one: each trains at its own rate and to its own end, and is exported by itself."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from finetune import registry
 from finetune.artifact import Artifact
 from finetune.errors import FinetuneError
 from finetune.methods.base import restore
+from finetune.recipe import Recipe
+from finetune.recipe.method import Token
+from finetune.train.recompute import recompute
 
 
 @dataclass(frozen=True)
 class Together:
     methods: tuple                      # see methods/base.py
-    ends: tuple[float, ...]             # the share of the run after which each stays as it is
 
     def __post_init__(self):
         kinds = {method.objective for method in self.methods}
@@ -37,10 +41,15 @@ class Together:
         for method in sorted(self.methods, key=lambda method: method.kind == "embedding"):      # peft freezes what it meets
             method.install(family)
 
+    def compute_twice(self, family, how: bool | str) -> None:
+        """Keep no activations of the networks that gradients go through, or few: see `recompute`."""
+        for part in {"denoiser" if self.objective == "denoise" else "vae"} | {*self.trains} & {"control"}:
+            recompute(family.parts[part], how)
+
     def groups(self, learning_rate: float, steps: int) -> list[dict]:
         """Optimizer groups: `params`, `peak_lr`, and `until`, the step after which they rest."""
-        return [group | {"peak_lr": group["lr"], "until": round(end * steps)}
-                for method, end in zip(self.methods, self.ends) for group in method.groups(learning_rate)]
+        return [group | {"peak_lr": group["lr"], "until": round(method.words.until * steps)}
+                for method in self.methods for group in method.groups(learning_rate)]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for method in self.methods for name, p in method.parameters().items()}
@@ -50,7 +59,6 @@ class Together:
             method.after_step()
 
     def export(self, metadata: dict[str, str]) -> dict[str, Artifact]:
-        """Each file's name, "" for the run's own, and what is in it."""
         return {name: artifact for method in self.methods for name, artifact in method.export(metadata).items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -62,3 +70,10 @@ class Together:
             for method in self.methods:
                 stack.enter_context(method.at(strength))
             yield
+
+
+def built(recipe: Recipe, tokens: Mapping[str, Token]) -> Together:
+    """The methods of a recipe; the one that learns words learns these."""
+    return Together(tuple(registry.find("methods", words.kind).build(
+        words.model_copy(update={"tokens": tokens} if words.kind == "embedding" else None), recipe.train.seed)
+        for words in recipe.method))

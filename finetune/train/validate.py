@@ -30,7 +30,8 @@ def validate(run: Run, done: int) -> None:
             now = losses(run) if done else run.base_losses
             gain = (now - run.base_losses).mean(1)
             note(run, done, {"validation_loss": now.mean().item(), "validation_levels": now.mean(0).tolist(),
-                             "validation_gain": gain.mean().item(), "validation_gain_error": standard_error(gain)})
+                             "validation_gain": gain.mean().item(),
+                             "validation_gain_error": (gain.std() / len(gain) ** 0.5).item() if len(gain) > 1 else None})
     run.accelerator.wait_for_everyone()
 
 
@@ -60,7 +61,3 @@ def at_levels(run: Run) -> list:
     law = run.objective.law
     return [replace(run.objective, law=partial(lambda u, level: law(torch.full_like(u, level)), level=level), strata=1)
             for level in quantiles(LEVELS).tolist()]
-
-
-def standard_error(values: Tensor) -> float | None:
-    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None

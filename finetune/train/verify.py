@@ -97,19 +97,19 @@ def alone(path: Path, spec) -> tuple[Artifact | None, list[Check]]:
 
 
 def numbers(artifact: Artifact) -> list[Check]:
-    """Whether what it changes is finite, and anything."""
-    bad = [name for name, t in artifact.tensors.items() if not t.isfinite().all()]
-    if bad or artifact.kind in (*WHOLE, "embedding"):
-        count, still = len(artifact.tensors), [name for name, t in artifact.tensors.items() if not t.any()]
-        found = [Check("finite", not bad, f"{count - len(bad)} of {count} tensors{_which(bad)}")]
-        if artifact.kind == "embedding" and not bad:    # a model may well have a bias of zeros
-            found.append(Check("not zero", not still, f"{count - len(still)} of {count} tensors{_which(still)}"))
-        return found
-    changes = {".".join(stem): core(change) for stem, change in modules(artifact.tensors).items()}
-    large = [stem for stem, change in changes.items() if not change.isfinite().all()]
-    still = [stem for stem, change in changes.items() if not change.any()]
-    return [Check("finite", not large, f"{len(changes) - len(large)} of {len(changes)} changes{_which(large)}"),
-            Check("not zero", len(still) < len(changes), f"{len(changes) - len(still)} of {len(changes)} changes{_which(still)}")]
+    """Whether what it changes is finite, and anything: its tensors or, of an adapter whose own are, each multiplied out."""
+    infinite = [name for name, t in artifact.tensors.items() if not t.isfinite().all()]
+    plain = bool(infinite) or artifact.kind in (*WHOLE, "embedding")
+    looked_at = artifact.tensors.items() if plain else (
+        (".".join(stem), core(module)) for stem, module in modules(artifact.tensors).items())
+    facts = {name: (bool(t.isfinite().all()), bool(t.any())) for name, t in looked_at}
+    infinite, still = ([name for name, own in facts.items() if not own[i]] for i in (0, 1))
+    what = "tensors" if plain else "changes"
+    found = [Check("finite", not infinite, f"{len(facts) - len(infinite)} of {len(facts)} {what}{_which(infinite)}")]
+    if not infinite and artifact.kind not in WHOLE:     # a model may well have a bias of zeros
+        moved = not still if plain else len(still) < len(facts)
+        found.append(Check("not zero", moved, f"{len(facts) - len(still)} of {len(facts)} {what}{_which(still)}"))
+    return found
 
 
 def _which(names: list[str]) -> str:
@@ -273,7 +273,6 @@ def probe(family) -> Tensor:
 
 @torch.no_grad()
 def drawn(vae) -> Tensor:
-    """What a VAE makes of a fixed latent."""
     z = noise.normal((vae.config.latent_channels, 8, 8), 0, [0, 1], "verify").to(vae.device, vae.dtype)
     with resting({"vae": vae}):
         return vae.decode(z).sample.float()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetune.cli import main
-from finetune.data import cache
+from finetune.data import cache, memory
 from finetune.families import base as families
 from finetune.families import _unet, sd1
 from finetune.train import ground
@@ -32,7 +32,7 @@ def calls(monkeypatch) -> list[str]:
 def test_a_run_after_it_encodes_nothing_and_ends_with_the_same_bytes(recipe, train, tmp_path, calls, capsys):
     assert train(recipe, tmp_path / "run") == 0
     adapter = (tmp_path / "run" / "adapter" / "small.safetensors").read_bytes()
-    cache.collect(cache.home(), 0)
+    memory.collect(cache.home(), 0)
     calls.clear()
     assert main(["cache", str(recipe)]) == 0
     assert (calls.count("moments"), calls.count("encode_text")) == (2 * N, N + 1)

@@ -8,8 +8,8 @@ import torch
 from finetune.cli import main
 from finetune.data.index import build
 from finetune.data.pictures import Reading
-from finetune.data.sources import Source
 from finetune.families.base import TINY
+from finetune.recipe.data import Images
 
 
 @pytest.fixture(scope="module", params=["blip", "git"])
@@ -50,7 +50,7 @@ def model(request, tmp_path_factory) -> str:
 
 
 def columns(folder) -> list[dict]:
-    index = build([Source(str(folder))], Reading(), None, lambda line: None, True)
+    index = build([Images(path=str(folder))], Reading(), None, lambda line: None, True)
     assert not [note for note in index.notes if note.fatal]
     return [index.columns(i) for i in range(len(index))]
 

@@ -44,8 +44,8 @@ def load():
 
 def build(case: str):
     """The method of a case, as a recipe has it."""
-    recipe = TypeAdapter(schema.Method).validate_python({"kind": KINDS[case]} | CASES[case])
-    return registry.find("methods", KINDS[case]).build(**recipe.model_dump(exclude={"kind", "start_from", "until"}), seed=0)
+    words = TypeAdapter(schema.Method).validate_python({"kind": KINDS[case]} | CASES[case])
+    return registry.find("methods", KINDS[case]).build(words, 0)
 
 
 @pytest.fixture(params=CASES)
@@ -207,6 +207,6 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(installed):
 
 
 def test_two_methods_would_be_one_file():
-    Together((build("embedding"), build("lora")), (1.0, 1.0))
+    Together((build("embedding"), build("lora")))
     with pytest.raises(FinetuneError, match="lora and full would both be the run's file"):
-        Together((build("lora"), build("embedding"), build("full")), (1.0, 1.0, 1.0))
+        Together((build("lora"), build("embedding"), build("full")))

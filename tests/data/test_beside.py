@@ -12,8 +12,8 @@ from finetune.data.beside import LEAST, MOST, random_hole
 from finetune.data.index import build
 from finetune.data.loader import Encoded
 from finetune.data.pictures import Reading
-from finetune.data.sources import Source
 from finetune.errors import FinetuneError
+from finetune.recipe.data import Images
 
 
 def test_random_holes_are_of_all_sizes():
@@ -62,7 +62,7 @@ def test_cached_latents_are_shown_beside_the_very_same(pictures, streamed):
 
 
 def test_masks_of_files_follow_their_picture(pictures, masks, streamed):
-    index = build([Source(str(pictures))], Reading(), None, lambda line: None, True, holes=str(masks))
+    index = build([Images(path=str(pictures))], Reading(), None, lambda line: None, True, holes=str(masks))
     plain = streamed(pictures, 32, flip=True, shows="files")
     assert index.fingerprint() != plain.index.fingerprint()
     stream = type(plain)(index, *(getattr(plain, name) for name in ("sizes", "captions", "view", "order")))
@@ -71,16 +71,16 @@ def test_masks_of_files_follow_their_picture(pictures, masks, streamed):
         hole = batch.beside[0, 0].flip(1) if flipped else batch.beside[0, 0]
         assert hole[:, :15].all() and not hole[:, 17:].any()
     (masks / "3.png").unlink()
-    notes = build([Source(str(pictures))], Reading(), None, lambda line: None, True, holes=str(masks)).notes
+    notes = build([Images(path=str(pictures))], Reading(), None, lambda line: None, True, holes=str(masks)).notes
     assert [note.text for note in notes] == [f"has no mask of its name in {masks}"]
     with pytest.raises(FinetuneError, match="data.inpaint.masks: there is no folder nowhere; it is `random` or"):
-        build([Source(str(pictures))], Reading(), None, lambda line: None, True, holes="nowhere")
+        build([Images(path=str(pictures))], Reading(), None, lambda line: None, True, holes="nowhere")
 
 
 def test_conditions_follow_their_picture_whatever_becomes_of_it(pictures, streamed):
     """The pictures as their own conditions: the same piece of the same side, whether latents are cached or not."""
     def looked(folder, field="data.images", **named):
-        return build([Source(str(folder))], Reading(), None, lambda line: None, True, field, **named)
+        return build([Images(path=str(folder))], Reading(), None, lambda line: None, True, field, **named)
 
     plain = streamed(pictures, 32, flip=True, random_crop=True, shows="condition", mask="alpha")
     index = looked(pictures, conditions=str(pictures))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from finetune.batch import Conditioning
-from finetune.data import cache, encode, pictures, pixels
+from finetune.data import cache, encode, memory, pictures, pixels
 from finetune.data.cache import Cache, Rows, key
 from finetune.errors import FinetuneError
 
@@ -144,10 +144,10 @@ def test_what_is_not_used_is_collected(folder, encoder, store):
     size = sum(f.stat().st_size for f in store.iterdir())
     (store / "moments-0-dead.data").write_bytes(b"what a kill left")
     os.utime(store / "moments-0-dead.data", (0, 0))
-    freed = cache.collect(store, 30)
+    freed = memory.collect(store, 30)
     assert freed == size - sum(f.stat().st_size for f in store.iterdir()) + 16 > 16
     encoder.calls()
     encoder.everything(folder, Cache(store))
     assert encoder.calls() == (0, 0) and cache.contents(store)["moments"][0] == 2 * N
-    cache.collect(store, 0)
-    assert cache.contents(store) == {} and cache.collect(store / "nowhere", 0) == 0
+    memory.collect(store, 0)
+    assert cache.contents(store) == {} and memory.collect(store / "nowhere", 0) == 0

@@ -128,7 +128,7 @@ def test_a_disk_that_refuses_is_said_once_and_the_run_goes_on(folder, encoder, s
 def test_a_cache_that_can_only_be_read_is_read(folder, encoder, store, monkeypatch):
     encoder.everything(folder, Cache(store))
     encoder.calls()
-    monkeypatch.setattr(cache.os, "utime", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr("os.utime", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     monkeypatch.setattr(Cache, "_append", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     encoder.everything(folder, Cache(store))
     assert encoder.calls() == (0, 0)

@@ -4,8 +4,9 @@ from math import sqrt
 
 import pytest
 
-from finetune.data.captions import Captions, Tags, fields, literal
+from finetune.data.captions import Captions, fields, literal, ordered
 from finetune.errors import FinetuneError
+from finetune.recipe.data import Tags
 
 N = 4000
 DOG = {"text": "a dog", "colour": "red"}
@@ -128,13 +129,13 @@ def test_dropout_leaves_nothing_of_a_caption_at_its_rate():
 
 @pytest.mark.parametrize("tags, text, expected", [
     (Tags(), " a ,b,, c d ,", "a, b, c d"),
-    (Tags("|"), "a|b |c,d", "a| b| c,d"),
-    (Tags(" | "), "a | b", "a | b"),
-    (Tags(" "), "a  b c", "a b c"),
+    (Tags(separator="|"), "a|b |c,d", "a| b| c,d"),
+    (Tags(separator=" | "), "a | b", "a | b"),
+    (Tags(separator=" "), "a  b c", "a b c"),
     (Tags(), "", ""),
 ])
 def test_tags_are_tidied(tags, text, expected):
-    assert tags.drawn(text, 0, 0) == expected
+    assert ordered(text, tags, 0, 0) == expected
 
 
 def test_the_first_tags_stay_and_the_others_are_shuffled_evenly():
@@ -217,7 +218,7 @@ def test_tags_can_be_wildcards():
 ALL = [
     one(), BOTH, WILD, one(dropout=0.5, trigger="zwx"),
     Captions((("{text}, {colour}", 1.0), ("{colour}", 2.0)), "t", "p ", " s", Tags(), False, 0.1),
-    Captions((("{text}, {colour}", 1.0), ("{x|{colour}}", 2.0)), "t", "p ", " s", Tags(",", True, 1, 0.2), True, 0.1),
+    Captions((("{text}, {colour}", 1.0), ("{x|{colour}}", 2.0)), "t", "p ", " s", Tags(shuffle=True, keep=1, dropout=0.2), True, 0.1),
 ]
 
 

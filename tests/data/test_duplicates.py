@@ -11,14 +11,14 @@ from finetune.data import duplicates
 from finetune.data.duplicates import copies, crowded, links, originals, overlap
 from finetune.data.index import build
 from finetune.data.pictures import Reading, UnreadablePicture
-from finetune.data.sources import Source
+from finetune.recipe.data import Images
 
 DATASETS = Path(__file__).resolve().parents[2] / "datasets"
 HOW = Reading()
 
 
 def indexed(*folders):
-    return build([Source(str(folder)) for folder in folders], HOW, None, lambda line: None, True)
+    return build([Images(path=str(folder)) for folder in folders], HOW, None, lambda line: None, True)
 
 
 def scene(seed: int, side: int = 256) -> Image.Image:

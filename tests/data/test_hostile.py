@@ -137,13 +137,13 @@ if __name__ == "__main__":
 def test_names_and_links_of_any_kind(tmp_path, monkeypatch):
     """All are found, once; what cannot be opened is named; every name can be printed, on one line and anywhere."""
     from finetune.data.index import build
-    from finetune.data.sources import Source
+    from finetune.recipe.data import Images
 
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     expected = CORPUS["build_names"](tmp_path)
     root = tmp_path / "names"
     for _ in range(2):          # read, and remembered
-        index = build([Source(str(root))], pictures.Reading(), None, print, True)
+        index = build([Images(path=str(root))], pictures.Reading(), None, print, True)
         names = [index.name(i) for i in range(len(index))]
         assert all(name.isprintable() and name.encode() for name in names)
         unreadable = {note.name.rpartition("/")[2] for note in index.notes if note.kind == "unreadable"}

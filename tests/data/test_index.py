@@ -10,8 +10,8 @@ from PIL import Image
 from finetune.data import examine, memory
 from finetune.data.index import build, concatenated
 from finetune.data.pictures import Reading
-from finetune.data.sources import Source
 from finetune.errors import FinetuneError
+from finetune.recipe.data import Images
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def fill(root, count=4, start=0):
 
 
 def index(*sources, masks=None, how=Reading(), say=print):
-    return build([s if isinstance(s, Source) else Source(str(s)) for s in sources], how, masks, say, True)
+    return build([s if isinstance(s, Images) else Images(path=str(s)) for s in sources], how, masks, say, True)
 
 
 def same(a, b) -> bool:
@@ -189,12 +189,12 @@ def test_a_picture_that_kills_its_process_is_named(monkeypatch):
 
 def test_take_and_repeats_and_several_sources(tmp_path):
     a, b = fill(tmp_path / "a", 3), fill(tmp_path / "b", 2, 5)
-    found = index(Source(str(a), repeats=10), b)
+    found = index(Images(path=str(a), repeats=10), b)
     assert found.source.tolist() == [0, 0, 0, 1, 1] and found.repeats.tolist() == [10, 10, 10, 1, 1]
     some = found.take(np.array([4, 0]))
     assert [some.name(i) for i in range(2)] == [str(b / "006.png"), str(a / "000.png")]
     assert some.read(0) == (b / "006.png").read_bytes() and some.digest.tolist() == found.digest[[4, 0]].tolist()
-    one, other = index(b).take(np.array([1])), index(Source(str(a), repeats=10)).take(np.array([0]))
+    one, other = index(b).take(np.array([1])), index(Images(path=str(a), repeats=10)).take(np.array([0]))
     assert some.fingerprint() == concatenated([one, other]).fingerprint()
     assert len(found.take(np.arange(0))) == 0 and found.take(np.arange(0)).fingerprint()
     both = concatenated([some, found])
@@ -207,7 +207,7 @@ def test_the_fingerprint_tells_pictures_words_and_repeats_not_places(tmp_path):
     first = index(one).fingerprint()
     os.rename(one, tmp_path / "two")
     two = tmp_path / "two"
-    assert index(two).fingerprint() == first != index(Source(str(two), repeats=2)).fingerprint()
+    assert index(two).fingerprint() == first != index(Images(path=str(two), repeats=2)).fingerprint()
     (two / "001.txt").write_text("a")
     words = index(two).fingerprint()
     (two / "001.txt").rename(two / "002.txt")

@@ -14,8 +14,8 @@ from PIL import Image
 from finetune.data.folders import Files
 from finetune.data.index import build
 from finetune.data.pictures import Reading
-from finetune.data.sources import Source
 from finetune.errors import FinetuneError
+from finetune.recipe.data import Images
 
 HOSTILE = "a\nb\x1b[2J.png"
 
@@ -26,7 +26,7 @@ def own_memory(tmp_path_factory, monkeypatch):
 
 
 def index(*sources, masks=None, **words):
-    return build([Source(str(s), **words) for s in sources], Reading(), masks, print, True)
+    return build([Images(path=str(s), **words) for s in sources], Reading(), masks, print, True)
 
 
 def picture(n=0, size=(8, 6), form="PNG") -> bytes:

@@ -6,9 +6,9 @@ from PIL import Image
 
 from finetune.data.index import build
 from finetune.data.pictures import Reading
-from finetune.data.sources import Source
 from finetune.data.split import split
 from finetune.errors import FinetuneError
+from finetune.recipe.data import Images
 
 HOW = Reading()
 
@@ -18,7 +18,7 @@ def picture(seed: int, side: int = 64) -> Image.Image:
 
 
 def indexed(*folders):
-    return build([Source(str(folder)) for folder in folders], HOW, None, lambda line: None, True)
+    return build([Images(path=str(folder)) for folder in folders], HOW, None, lambda line: None, True)
 
 
 def names(index) -> set[str]:

@@ -20,7 +20,7 @@ FIRST = "denoiser.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 
 def installed(dtype=torch.float32, seed=0, **fields):
     family = registry.find("families", "sd1").load("tiny", dtype)
-    method = lora.build(**schema.Lora(kind="lora", **fields).model_dump(exclude={"kind", "start_from", "until"}), seed=seed)
+    method = lora.build(schema.Lora(kind="lora", **fields), seed)
     method.install(family)
     return family, method
 
@@ -99,7 +99,7 @@ def test_a_dropped_layer_is_the_base_and_nothing_is_dropped_when_not_training(va
         rested = output(family)
         family.parts["denoiser"].train()
         dropped = output(family)
-        method.module_dropout = 0.0
+        method.words = method.words.model_copy(update={"module_dropout": 0.0})
         kept = output(family)
     assert torch.equal(dropped, base) and torch.equal(kept, rested) and not torch.equal(rested, base)
 
@@ -190,7 +190,8 @@ def test_max_norm(variant):
         return torch.stack([core(module).norm() for module in modules(method.export({})[""].tensors).values()])
 
     before = norms()
-    method.max_norm = limit = before.median().item()
+    limit = before.median().item()
+    method.words = method.words.model_copy(update={"max_norm": limit})
     method.after_step()
     torch.testing.assert_close(norms(), before.clamp(max=limit))
     held = {name: p.clone() for name, p in method.parameters().items()}

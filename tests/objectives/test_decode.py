@@ -13,6 +13,7 @@ from finetune.errors import FinetuneError
 from finetune.methods import vae_decoder
 from finetune.objectives import _similarity as similarity
 from finetune.objectives import decode
+from finetune.recipe import schema
 
 SHAPE = {"block_out_channels": (16, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
          "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 8, "latent_channels": 3}
@@ -25,7 +26,7 @@ def family(model: str, encoder: bool = False):
     torch.manual_seed(0)
     vae = MODELS[model]().requires_grad_(False)
     found = SimpleNamespace(parts={"vae": vae}, spec=SimpleNamespace(name="sd1"))
-    method = vae_decoder.build(encoder=encoder, learning_rate=None, seed=0)
+    method = vae_decoder.build(schema.VaeDecoder(kind="vae_decoder", encoder=encoder), 0)
     method.install(found)
     return found, method
 

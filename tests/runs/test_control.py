@@ -15,7 +15,7 @@ from finetune import registry
 from finetune.cli import main
 from finetune.data.pixels import cut, plan_crop
 from finetune.errors import FinetuneError
-from finetune.recipe import load
+from finetune.recipe import load, schema
 from finetune.train import loop
 from finetune.train.plan import needs
 
@@ -115,7 +115,7 @@ def test_two_processes_train_the_same_as_one(recipe, train, tmp_path, words):
 def test_every_unet_is_given_what_the_pipeline_gives_it(name, family, member):
     """With an effect at its end, a sampling run of the pipeline is one of our own calls."""
     base = registry.find("families", family).load(str(member(name)))
-    method = registry.find("methods", "control").build(learning_rate=None, seed=0)
+    method = registry.find("methods", "control").build(schema.Control(kind="control"), 0)
     if family == "sd3":
         with pytest.raises(FinetuneError, match="control is for sd1, sd2 and sdxl"):
             method.install(base)
