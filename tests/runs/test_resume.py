@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune.runfolder import RunFolder
-from finetune.train import checkpoint, loop
+from finetune.train import checkpoint, lean, loop
 
 
 def settings(**values) -> list[str]:
@@ -57,6 +57,21 @@ def test_a_crashed_run_ends_with_the_same_bytes(recipe, train, tmp_path, monkeyp
         assert train(recipe, tmp_path / f"cut{step}", *options) == 0
         assert adapter(tmp_path / f"cut{step}") == adapter(tmp_path / "whole")
         assert trained(tmp_path / f"cut{step}") == trained(tmp_path / "whole")
+
+
+def test_a_run_by_onednn_that_computes_twice_goes_on_exactly(recipe, train, tmp_path, monkeypatch):
+    """As a base of full size does, whose layers are large enough for it."""
+    monkeypatch.setattr(lean, "LARGE", 1)
+    monkeypatch.setattr(lean, "WORTH", 1)
+    options, products = settings(train__gradient_checkpointing="selective"), []
+    apply = lean.Product.apply
+    monkeypatch.setattr(lean.Product, "apply", lambda *x: products.append(1) or apply(*x))
+    assert train(recipe, tmp_path / "whole", *options) == 0 and products
+    crash_before(monkeypatch, 5, crash)
+    with pytest.raises(Crash):
+        train(recipe, tmp_path / "cut", *options)
+    assert train(recipe, tmp_path / "cut", *options) == 0
+    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole") and trained(tmp_path / "cut") == trained(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("optimizer", ["lion", "lion8bit", "adafactor", "prodigy", "schedule_free_adamw", "sgd"])
