@@ -22,6 +22,7 @@ from finetune.artifact import WHOLE, Artifact, modules, read_header, weights_of
 from finetune.change import core
 from finetune.device import spare_memory
 from finetune.diffusion import noise
+from finetune.errors import FinetuneError
 from finetune.families import _control
 from finetune.families import base as families
 from finetune.families._altered import leave_out
@@ -148,8 +149,9 @@ def by_controlnet(path: Path, artifact: Artifact, family, expected: dict[float, 
         with _control.added(family, [(artifact.tensors, strength)]):
             wanted = expected[strength] if expected else probe(family)
             try:
+                families.json_object(str(path.parent), "config.json", None)      # is looked through
                 read = diffusers.ControlNetModel.from_pretrained(path.parent, use_safetensors=True)
-            except (OSError, ValueError, RuntimeError) as e:
+            except (FinetuneError, OSError, ValueError, RuntimeError) as e:
                 return [*checks, Check("diffusers", False, f"its loader refuses the file: {str(e).splitlines()[0]}")]
             _control.scale(read, strength)
             family.parts["control"] = read.to(wanted.device)
