@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from finetune.errors import FinetuneError
 
 
@@ -29,6 +31,17 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             staged.unlink()
         raise
+
+
+def alive(pid: int) -> bool:
+    """Whether this machine has such a process. The number may come from anywhere."""
+    return pid < 2**31 and psutil.pid_exists(pid)
+
+
+def forsaken(staged: Path) -> bool:
+    """Whether nobody will finish what has this hidden name: another process, such as a preview, may be about to."""
+    pid = staged.name.split(".")[-2]        # of `replacing`; what else is staged names none
+    return not pid.isdecimal() or int(pid) == os.getpid() or not alive(int(pid))
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,6 @@
 """The run directory as an interface: which path is what.
 
-    recipe.yaml (as given)  resolved.yaml  run.json (identity)  metrics.jsonl  log.txt
+    recipe.yaml (as given)  resolved.yaml  run.json (identity)  data.parquet  metrics.jsonl  log.txt
     checkpoints/step-00000250/  previews/step-00000250.png  adapter/NAME.safetensors
 """
 
@@ -14,10 +14,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
-from finetune.disk import write_json, writing
+from finetune.disk import alive, forsaken, write_json, writing
 from finetune.errors import FinetuneError
 
 
@@ -28,7 +27,7 @@ class RunFolder:
         root = self.root
         self._pending: list[str] | None = []        # what was said before the folder was made
         self.recipe, self.resolved, self.identity = root / "recipe.yaml", root / "resolved.yaml", root / "run.json"
-        self.metrics, self.log = root / "metrics.jsonl", root / "log.txt"
+        self.data, self.metrics, self.log = root / "data.parquet", root / "metrics.jsonl", root / "log.txt"
         self.checkpoints, self.previews, self.adapters = root / "checkpoints", root / "previews", root / "adapter"
         self.best = self.checkpoints / "best.safetensors"
 
@@ -120,7 +119,7 @@ class RunFolder:
             owner = self.last_owner()
             if owner.get("host") != socket.gethostname():
                 return owner or None if isinstance(e, Timeout) else None
-            return owner if psutil.pid_exists(owner["pid"]) else None       # who looks as we do holds it for a moment too
+            return owner if alive(owner["pid"]) else None       # who looks as we do holds it for a moment too
 
     def last_owner(self) -> dict:
         """Who held the folder last: pid, host, started, words, working_folder. Empty when nobody did."""
@@ -150,7 +149,7 @@ class RunFolder:
         with self._writing():
             for folder in self._folders():
                 folder.mkdir(parents=True, exist_ok=True)
-            for torn in sorted(self.root.rglob(".*.part")):     # what a kill left; a torn checkpoint is a folder
+            for torn in filter(forsaken, sorted(self.root.rglob(".*.part"))):   # what a kill left; a torn checkpoint is a folder
                 shutil.rmtree(torn) if torn.is_dir() else torn.unlink(missing_ok=True)
             self.check_writable()
         self.check_room(needed_bytes)

@@ -36,6 +36,17 @@ def test_it_is_made_and_made_again(tmp_path):
     assert folder.begun()
 
 
+def test_a_start_clears_what_kills_left_and_nothing_that_is_being_written(tmp_path):
+    folder = RunFolder(tmp_path / "run", "x")
+    folder.create(0)
+    gone, huge, mine, other = (folder.previews / f".a.png.{pid}.part" for pid in (2**22 + 1, 10**30, os.getpid(), os.getppid()))
+    for file in (gone, huge, mine, other):
+        file.write_text("")
+    (folder.checkpoints / ".step-00000001.part").mkdir()
+    RunFolder(tmp_path / "run", "x").create(0)
+    assert list(folder.root.rglob("*.part")) == [other]
+
+
 @pytest.mark.parametrize("free, enough", [(1_000_000, True), (999_999, False), (0, False)])
 def test_a_disk_without_room_is_told_before_the_run(tmp_path, monkeypatch, free, enough):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - free, free)
@@ -62,7 +73,8 @@ def test_who_holds_it_is_alive(tmp_path):
     held.lock()
     assert looks.owner()["pid"] == os.getpid()
     owner = tmp_path / ".run.owner"
-    for said in (owner.read_text().replace(str(os.getpid()), str(2**22 + 1)), "{", "[1]"):
+    for said in (owner.read_text().replace(str(os.getpid()), str(2**22 + 1)), owner.read_text().replace(str(os.getpid()), "1e400"),
+                 '{"host": ' * 10**5, "{", "[1]"):
         owner.write_text(said)      # what a dead run left, while another process looks too
         assert looks.owner() is None
 

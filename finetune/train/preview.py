@@ -1,6 +1,5 @@
 """Pictures to look at: the base beside what is trained so far, parts at rest meanwhile, and a labelled grid."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from finetune.disk import replacing
 from finetune.recipe import Recipe
 from finetune.train.sampling import followed, generate, previews
 
@@ -49,9 +49,8 @@ def save(path: Path, recipe: Recipe, found: dict[float, Sequence[Image.Image]], 
     shown = {"condition": map(followed, jobs)} if recipe.preview.conditions else {}
     shown |= {label(strength, done): pictures for strength, pictures in found.items()}
     sheet = grid(list(zip(*shown.values())), [f"{job.prompt} · {job.seed}" for job in jobs], list(shown))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    sheet.save(part, "PNG")
-    os.replace(part, path)
+    with replacing(path) as staged:
+        sheet.save(staged, "PNG")
     return sheet
 
 

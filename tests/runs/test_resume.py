@@ -173,9 +173,16 @@ def test_edited_pictures_are_another_run(recipe, train, tmp_path, pictures, caps
     shutil.copytree(pictures, copy)
     assert train(recipe, tmp_path / "run") == 0
     assert train(recipe, tmp_path / "run", *settings(data__images=copy)) == 0      # the same pictures elsewhere
-    (copy / "metadata.jsonl").write_text((copy / "metadata.jsonl").read_text().replace("red", "crimson"))
+    rows = (copy / "metadata.jsonl").read_text().replace("red", "crimson").replace("6.png", "new.png")
+    (copy / "metadata.jsonl").write_text(rows)
+    (copy / "6.png").rename(copy / "new.png")
     assert train(recipe, tmp_path / "run", *settings(data__images=copy)) == 2
-    assert "data:" in capsys.readouterr().err
+    told = [line.strip() for line in capsys.readouterr().err.splitlines() if line.startswith("    data:")]
+    assert told == [f"data: of what is learned, 1 changed: {copy}/0.png (what is written beside it)",
+                    f"data: of what is learned, 1 missing now: {copy}/6.png", f"data: of what is learned, 1 new: {copy}/new.png"]
+    (tmp_path / "run" / "data.parquet").write_bytes(b"PAR1" * 9)
+    assert train(recipe, tmp_path / "run", *settings(data__images=copy)) == 2
+    assert "which pictures cannot be told" in capsys.readouterr().err
 
 
 def test_a_run_continues_from_its_own_copy_of_the_recipe(recipe, train, tmp_path):
