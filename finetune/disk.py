@@ -44,6 +44,18 @@ def forsaken(staged: Path) -> bool:
     return not pid.isdecimal() or int(pid) == os.getpid() or not alive(int(pid))
 
 
+def read_json(path: Path, kind: object) -> object:
+    """What a file holds, checked to its last field against a type, as pydantic does. Raises FinetuneError for another."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as e:
+        first = e.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise FinetuneError(f"{path} is damaged{f' at {place}' if place else ''}: {first['msg']}") from None
+
+
 def sync(path: Path) -> None:
     """Have the disk keep a file, or the names in a folder."""
     if os.name == "nt":     # Windows cannot open a folder, and journals the rename by itself

@@ -16,8 +16,69 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from finetune.disk import alive, forsaken, write_json, writing
+from typing_extensions import TypedDict     # pydantic wants this one
+
+from finetune.disk import alive, forsaken, read_json, write_json, writing
 from finetune.errors import FinetuneError
+
+EXTRA = {"extra": "allow"}      # what more is there is kept, unchecked
+NUMBER = (int, float)
+# Of a line of metrics.jsonl, what is neither a number nor null.
+LINE = {"step": int, "images_per_second": NUMBER, "memory_mb": NUMBER, "skipped": list, "why": str, "alarm": str,
+        "validation_levels": list}
+
+
+class Steps(TypedDict):
+    max_steps: int
+    batch_size: int
+    gradient_accumulation: int
+    __pydantic_config__ = EXTRA
+
+
+class Trained(TypedDict):
+    train: Steps
+    __pydantic_config__ = EXTRA
+
+
+class Exact(TypedDict):
+    recipe: Trained
+    data: str
+    base: dict[str, str]        # part -> hash of its weights
+    processes: int
+    device: str
+
+
+class Identity(TypedDict):
+    """run.json: what has to be the same for a run to be continued, and what may change its last digits."""
+
+    exact: Exact
+    rounding: dict[str, str | int]
+
+
+class Owner(TypedDict):
+    """Who holds a run folder, or held it last."""
+
+    pid: int
+    host: str
+    started: str
+    words: list[str]            # of the command line that continues its run
+    working_folder: str
+
+
+def measured(line: bytes) -> dict:
+    """A line of metrics.jsonl: its step, and numbers by name. Raises ValueError for what no run has written."""
+    try:
+        found = json.loads(line)
+        for key, value in found.items():
+            if not isinstance(value, LINE.get(key, (*NUMBER, type(None)))):
+                raise ValueError(f"{key} is no {'number' if key not in LINE else 'such thing'}")
+            if isinstance(value, int):
+                float(value)
+        if "step" not in found or "loss" in found and not {"images_per_second", "memory_mb"} <= found.keys():
+            raise ValueError("it lacks something")
+    except (AttributeError, OverflowError, RecursionError) as e:
+        raise ValueError(str(e)) from None
+    return found
 
 
 class RunFolder:
@@ -61,16 +122,13 @@ class RunFolder:
     def begun(self) -> bool:
         return self.identity.exists()
 
-    def known(self) -> dict | None:
+    def known(self) -> Identity | None:
         """The identity of the run in the folder; None when there is none. Raises FinetuneError when it is damaged."""
-        if not self.begun():
-            return None
         try:
-            found = json.loads(self.identity.read_text(encoding="utf-8"))
-            return {"exact": dict(found["exact"]), "rounding": dict(found["rounding"])}
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise FinetuneError(f"{self.identity} is damaged ({e}), so what the run is cannot be told; --fresh moves the "
-                                "folder aside and starts anew") from None
+            return read_json(self.identity, Identity) if self.begun() else None
+        except FinetuneError as e:
+            raise FinetuneError(f"{e}; so what the run is cannot be told. Put it back, or have --fresh move the folder aside and "
+                                "start anew") from None
 
     def check_ours(self) -> None:
         """Raise FinetuneError for a folder with anything in it that is not a run."""
@@ -85,8 +143,8 @@ class RunFolder:
         """The lines of metrics.jsonl, without the last if it is being written. Raises FinetuneError for a damaged one."""
         lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
         try:
-            return [{**json.loads(line)} for line in lines if line.endswith(b"\n")]
-        except (ValueError, TypeError, RecursionError) as e:
+            return [measured(line) for line in lines if line.endswith(b"\n")]
+        except ValueError as e:
             raise FinetuneError(f"{self.metrics} is damaged: {e}; training on mends it") from None
 
     def lock(self, words: Sequence[str] = ()) -> None:
@@ -98,7 +156,7 @@ class RunFolder:
             try:
                 self._lock.acquire(timeout=0.5)     # `finetune status` holds it for a moment
             except Timeout:
-                who = self.last_owner()
+                who = self.last_owner() or {}
                 pid, host, started = (who.get(word, "?") for word in ("pid", "host", "started"))
                 raise FinetuneError(f"{self.root} is in use by process {pid} on {host}, started {started}; wait for it, stop "
                                     "it (finetune stop), or start beside it with --run DIR") from None
@@ -106,7 +164,7 @@ class RunFolder:
                                                "started": time.strftime("%Y-%m-%d %H:%M:%S"),
                                                "words": list(words), "working_folder": os.getcwd()})
 
-    def owner(self) -> dict | None:
+    def owner(self) -> Owner | None:
         """Who holds the folder, as `last_owner` says. None when nobody does, whatever an ended process left lying."""
         lock = FileLock(self._beside("lock"))
         try:
@@ -117,17 +175,16 @@ class RunFolder:
             return None
         except OSError as e:        # it is held, as Timeout says; or cannot be asked, on a read-only disk or as another user
             owner = self.last_owner()
-            if owner.get("host") != socket.gethostname():
-                return owner or None if isinstance(e, Timeout) else None
-            return owner if alive(owner["pid"]) else None       # who looks as we do holds it for a moment too
+            if owner and owner["host"] == socket.gethostname():
+                return owner if alive(owner["pid"]) else None       # who looks as we do holds it for a moment too
+            return owner if isinstance(e, Timeout) else None
 
-    def last_owner(self) -> dict:
-        """Who held the folder last: pid, host, started, words, working_folder. Empty when nobody did."""
+    def last_owner(self) -> Owner | None:
+        """Who held the folder last; None when nobody did, or it cannot be told."""
         try:
-            owner = json.loads(self._beside("owner").read_text(encoding="utf-8"))
-            return owner | {"pid": int(owner["pid"]), "host": str(owner["host"])}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+            return read_json(self._beside("owner"), Owner)
+        except (OSError, FinetuneError):
+            return None
 
     def _beside(self, kind: str) -> Path:
         """Beside the folder, not in it: the folder may be moved aside. One place whatever link it is reached by."""

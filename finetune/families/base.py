@@ -315,7 +315,9 @@ def write(family, path: Path, dtype: torch.dtype) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     try:
         family.save(staging, dtype)
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():       # gone as a whole, wherever a kill falls
+            os.replace(path, doomed := path.with_name(f".{path.name}.old.part"))
+            shutil.rmtree(doomed)
         os.replace(staging, path)
     except (OSError, SafetensorError) as e:
         raise FinetuneError(f"{path}: cannot be written: {e}; nothing is left behind") from None

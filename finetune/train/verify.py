@@ -13,8 +13,10 @@ import json
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import StringConstraints
 from torch import Tensor, nn
 
 from finetune import registry, tokens
@@ -46,6 +48,10 @@ class Check:
     name: str
     passed: bool
     found: str
+
+
+# verify.json: of each file in its folder, by name, the checks.
+Proof = dict[Annotated[str, StringConstraints(pattern=r"^[^/\\.][^/\\]*$")], list[Check]]
 
 
 def verify(path: Path, family, expected: dict[float, Tensor] | None = None) -> list[Check]:
