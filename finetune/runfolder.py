@@ -5,7 +5,6 @@
 """
 
 import copy
-import json
 import os
 import shutil
 import socket
@@ -16,69 +15,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from typing_extensions import TypedDict     # pydantic wants this one
-
 from finetune.disk import alive, forsaken, read_json, write_json, writing
 from finetune.errors import FinetuneError
-
-EXTRA = {"extra": "allow"}      # what more is there is kept, unchecked
-NUMBER = (int, float)
-# Of a line of metrics.jsonl, what is neither a number nor null.
-LINE = {"step": int, "images_per_second": NUMBER, "memory_mb": NUMBER, "skipped": list, "why": str, "alarm": str,
-        "validation_levels": list}
-
-
-class Steps(TypedDict):
-    max_steps: int
-    batch_size: int
-    gradient_accumulation: int
-    __pydantic_config__ = EXTRA
-
-
-class Trained(TypedDict):
-    train: Steps
-    __pydantic_config__ = EXTRA
-
-
-class Exact(TypedDict):
-    recipe: Trained
-    data: str
-    base: dict[str, str]        # part -> hash of its weights
-    processes: int
-    device: str
-
-
-class Identity(TypedDict):
-    """run.json: what has to be the same for a run to be continued, and what may change its last digits."""
-
-    exact: Exact
-    rounding: dict[str, str | int]
-
-
-class Owner(TypedDict):
-    """Who holds a run folder, or held it last."""
-
-    pid: int
-    host: str
-    started: str
-    words: list[str]            # of the command line that continues its run
-    working_folder: str
-
-
-def measured(line: bytes) -> dict:
-    """A line of metrics.jsonl: its step, and numbers by name. Raises ValueError for what no run has written."""
-    try:
-        found = json.loads(line)
-        for key, value in found.items():
-            if not isinstance(value, LINE.get(key, (*NUMBER, type(None)))):
-                raise ValueError(f"{key} is no {'number' if key not in LINE else 'such thing'}")
-            if isinstance(value, int):
-                float(value)
-        if "step" not in found or "loss" in found and not {"images_per_second", "memory_mb"} <= found.keys():
-            raise ValueError("it lacks something")
-    except (AttributeError, OverflowError, RecursionError) as e:
-        raise ValueError(str(e)) from None
-    return found
+from finetune.records import Identity, Owner, measured
 
 
 class RunFolder:
@@ -127,8 +66,8 @@ class RunFolder:
         try:
             return read_json(self.identity, Identity) if self.begun() else None
         except FinetuneError as e:
-            raise FinetuneError(f"{e}; so what the run is cannot be told. Put it back, or have --fresh move the folder aside and "
-                                "start anew") from None
+            raise FinetuneError(f"{e}; so what the run is cannot be told. Put it back, or have --fresh move the folder "
+                                "aside and start anew") from None
 
     def check_ours(self) -> None:
         """Raise FinetuneError for a folder with anything in it that is not a run."""
@@ -206,7 +145,7 @@ class RunFolder:
         with self._writing():
             for folder in self._folders():
                 folder.mkdir(parents=True, exist_ok=True)
-            for torn in filter(forsaken, sorted(self.root.rglob(".*.part"))):   # what a kill left; a torn checkpoint is a folder
+            for torn in filter(forsaken, sorted(self.root.rglob(".*.part"))):   # a torn checkpoint is a folder
                 shutil.rmtree(torn) if torn.is_dir() else torn.unlink(missing_ok=True)
             self.check_writable()
         self.check_room(needed_bytes)

@@ -13,7 +13,8 @@ import torch
 from finetune import device
 from finetune.disk import write_text
 from finetune.errors import FinetuneError
-from finetune.runfolder import RunFolder, measured
+from finetune.records import measured
+from finetune.runfolder import RunFolder
 from finetune.train import trackers
 from finetune.train.setup import Run
 

@@ -91,13 +91,14 @@ def main(words: list[str] | None = None) -> int:
         given, run = place / "given", place / "whole" / "run"
         shutil.copy(run / "adapter" / "lora.safetensors", given)
         shutil.copytree(run, given / "run", ignore=shutil.ignore_patterns("*.png"))
-        captioner(given / "captioner")
         names = args.command or list(COMMANDS)
-        for name in ["merge into a base", *names]:      # the first makes what `extract` looks at
-            case, wanted, met = undisturbed(name, place)
-            if not (given / "tuned").exists():
-                shutil.copytree(case.place / "out" / "model", given / "tuned")
-                continue
+        if "caption" in names:
+            captioner(given / "captioner")
+        if "extract" in names:
+            undisturbed("merge into a base", place)
+            shutil.copytree(place / "whole" / "out" / "model", given / "tuned")
+        for name in names:
+            wanted, met = undisturbed(name, place)
             kills += [(name, wanted, KILL, k) for k in range(1, len(met) + 1)]
             kills += [(name, wanted, TEAR, k) for k, call in enumerate(met, 1) if call.startswith("write ")]
             print(f"{name}: {len(met)} calls", flush=True)
@@ -121,13 +122,13 @@ def case_of(name: str, place: Path, folder: str) -> Case:
     return case
 
 
-def undisturbed(name: str, place: Path) -> tuple[Case, Content, list[str]]:
-    """The command's case, what it leaves, and its calls."""
+def undisturbed(name: str, place: Path) -> tuple[Content, list[str]]:
+    """What the command leaves, and its calls."""
     case = case_of(name, place, "whole")
     end = case.start(COUNT)
     assert end.code == 0, end.said
     case.import_all()
-    return case, COMMANDS[name].content(case.place), end.calls
+    return COMMANDS[name].content(case.place), end.calls
 
 
 def killed(case: Case, name: str, wanted: Content, mode: int, k: int) -> bool:
