@@ -5,6 +5,8 @@
 """
 
 import copy
+import hashlib
+import json
 import os
 import shutil
 import socket
@@ -68,6 +70,11 @@ class RunFolder:
         except FinetuneError as e:
             raise FinetuneError(f"{e}; so what the run is cannot be told. Put it back, or have --fresh move the folder "
                                 "aside and start anew") from None
+
+    def fingerprint(self) -> str:
+        """A hash of what the run is, by which its checkpoints know it. Raises FinetuneError when that is damaged."""
+        exact = (self.known() or {}).get("exact")
+        return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
 
     def check_ours(self) -> None:
         """Raise FinetuneError for a folder with anything in it that is not a run."""

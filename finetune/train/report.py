@@ -138,7 +138,7 @@ class Told:
 
     @property
     def given(self) -> str:
-        return public((self.folder / "recipe.yaml").read_text(encoding="utf-8"))      # a page travels
+        return public((self.folder / "recipe.yaml").read_text(encoding="utf-8", errors="replace"))      # a page travels
 
     @property
     def resolved(self) -> str:
