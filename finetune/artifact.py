@@ -8,10 +8,11 @@ import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.disk import replacing, sync
+from finetune.disk import forsaken, replacing, sync
 from finetune.errors import FinetuneError
 from finetune.header import MAX_HEADER_BYTES, Header, read_header
 
@@ -119,6 +120,8 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, Tensor], metadata:
     assert len(text) <= MAX_HEADER_BYTES, f"{path}: a header of {len(text)} bytes, which no reader would take"
 
     try:
+        for torn in filter(forsaken, path.parent.glob(f".{escape(path.name)}.*.part")):     # a killed one may be gigabytes
+            torn.unlink(missing_ok=True)
         with replacing(path) as staged, open(staged, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for data in data_of(tensors):

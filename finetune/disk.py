@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from finetune.errors import FinetuneError
 
 
@@ -29,6 +31,29 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             staged.unlink()
         raise
+
+
+def alive(pid: int) -> bool:
+    """Whether this machine has such a process. The number may come from anywhere."""
+    return pid < 2**31 and psutil.pid_exists(pid)
+
+
+def forsaken(staged: Path) -> bool:
+    """Whether nobody will finish what has this hidden name: another process, such as a preview, may be about to."""
+    pid = staged.name.split(".")[-2]        # of `replacing`; what else is staged names none
+    return not pid.isdecimal() or int(pid) == os.getpid() or not alive(int(pid))
+
+
+def read_json(path: Path, kind: object) -> object:
+    """What a file holds, checked to its last field against a type, as pydantic does. Raises FinetuneError for another."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as e:
+        first = e.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise FinetuneError(f"{path} is damaged{f' at {place}' if place else ''}: {first['msg']}") from None
 
 
 def sync(path: Path) -> None:

@@ -1,10 +1,11 @@
 """The run directory as an interface: which path is what.
 
-    recipe.yaml (as given)  resolved.yaml  run.json (identity)  metrics.jsonl  log.txt
+    recipe.yaml (as given)  resolved.yaml  run.json (identity)  data.parquet  metrics.jsonl  log.txt
     checkpoints/step-00000250/  previews/step-00000250.png  adapter/NAME.safetensors
 """
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -14,11 +15,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 
-from finetune.disk import write_json, writing
+from finetune.disk import alive, forsaken, read_json, write_json, writing
 from finetune.errors import FinetuneError
+from finetune.records import Identity, Owner, measured
 
 
 class RunFolder:
@@ -28,7 +29,7 @@ class RunFolder:
         root = self.root
         self._pending: list[str] | None = []        # what was said before the folder was made
         self.recipe, self.resolved, self.identity = root / "recipe.yaml", root / "resolved.yaml", root / "run.json"
-        self.metrics, self.log = root / "metrics.jsonl", root / "log.txt"
+        self.data, self.metrics, self.log = root / "data.parquet", root / "metrics.jsonl", root / "log.txt"
         self.checkpoints, self.previews, self.adapters = root / "checkpoints", root / "previews", root / "adapter"
         self.best = self.checkpoints / "best.safetensors"
 
@@ -62,16 +63,18 @@ class RunFolder:
     def begun(self) -> bool:
         return self.identity.exists()
 
-    def known(self) -> dict | None:
+    def known(self) -> Identity | None:
         """The identity of the run in the folder; None when there is none. Raises FinetuneError when it is damaged."""
-        if not self.begun():
-            return None
         try:
-            found = json.loads(self.identity.read_text(encoding="utf-8"))
-            return {"exact": dict(found["exact"]), "rounding": dict(found["rounding"])}
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise FinetuneError(f"{self.identity} is damaged ({e}), so what the run is cannot be told; --fresh moves the "
-                                "folder aside and starts anew") from None
+            return read_json(self.identity, Identity) if self.begun() else None
+        except FinetuneError as e:
+            raise FinetuneError(f"{e}; so what the run is cannot be told. Put it back, or have --fresh move the folder "
+                                "aside and start anew") from None
+
+    def fingerprint(self) -> str:
+        """A hash of what the run is, by which its checkpoints know it. Raises FinetuneError when that is damaged."""
+        exact = (self.known() or {}).get("exact")
+        return hashlib.sha256(json.dumps(exact, sort_keys=True).encode()).hexdigest()
 
     def check_ours(self) -> None:
         """Raise FinetuneError for a folder with anything in it that is not a run."""
@@ -86,8 +89,8 @@ class RunFolder:
         """The lines of metrics.jsonl, without the last if it is being written. Raises FinetuneError for a damaged one."""
         lines = self.metrics.read_bytes().splitlines(keepends=True) if self.metrics.exists() else []
         try:
-            return [{**json.loads(line)} for line in lines if line.endswith(b"\n")]
-        except (ValueError, TypeError, RecursionError) as e:
+            return [measured(line) for line in lines if line.endswith(b"\n")]
+        except ValueError as e:
             raise FinetuneError(f"{self.metrics} is damaged: {e}; training on mends it") from None
 
     def lock(self, words: Sequence[str] = ()) -> None:
@@ -99,7 +102,7 @@ class RunFolder:
             try:
                 self._lock.acquire(timeout=0.5)     # `finetune status` holds it for a moment
             except Timeout:
-                who = self.last_owner()
+                who = self.last_owner() or {}
                 pid, host, started = (who.get(word, "?") for word in ("pid", "host", "started"))
                 raise FinetuneError(f"{self.root} is in use by process {pid} on {host}, started {started}; wait for it, stop "
                                     "it (finetune stop), or start beside it with --run DIR") from None
@@ -107,7 +110,7 @@ class RunFolder:
                                                "started": time.strftime("%Y-%m-%d %H:%M:%S"),
                                                "words": list(words), "working_folder": os.getcwd()})
 
-    def owner(self) -> dict | None:
+    def owner(self) -> Owner | None:
         """Who holds the folder, as `last_owner` says. None when nobody does, whatever an ended process left lying."""
         lock = FileLock(self._beside("lock"))
         try:
@@ -118,17 +121,16 @@ class RunFolder:
             return None
         except OSError as e:        # it is held, as Timeout says; or cannot be asked, on a read-only disk or as another user
             owner = self.last_owner()
-            if owner.get("host") != socket.gethostname():
-                return owner or None if isinstance(e, Timeout) else None
-            return owner if psutil.pid_exists(owner["pid"]) else None       # who looks as we do holds it for a moment too
+            if owner and owner["host"] == socket.gethostname():
+                return owner if alive(owner["pid"]) else None       # who looks as we do holds it for a moment too
+            return owner if isinstance(e, Timeout) else None
 
-    def last_owner(self) -> dict:
-        """Who held the folder last: pid, host, started, words, working_folder. Empty when nobody did."""
+    def last_owner(self) -> Owner | None:
+        """Who held the folder last; None when nobody did, or it cannot be told."""
         try:
-            owner = json.loads(self._beside("owner").read_text(encoding="utf-8"))
-            return owner | {"pid": int(owner["pid"]), "host": str(owner["host"])}
-        except (OSError, ValueError, KeyError, TypeError):
-            return {}
+            return read_json(self._beside("owner"), Owner)
+        except (OSError, FinetuneError):
+            return None
 
     def _beside(self, kind: str) -> Path:
         """Beside the folder, not in it: the folder may be moved aside. One place whatever link it is reached by."""
@@ -150,7 +152,7 @@ class RunFolder:
         with self._writing():
             for folder in self._folders():
                 folder.mkdir(parents=True, exist_ok=True)
-            for torn in sorted(self.root.rglob(".*.part")):     # what a kill left; a torn checkpoint is a folder
+            for torn in filter(forsaken, sorted(self.root.rglob(".*.part"))):   # a torn checkpoint is a folder
                 shutil.rmtree(torn) if torn.is_dir() else torn.unlink(missing_ok=True)
             self.check_writable()
         self.check_room(needed_bytes)

@@ -217,3 +217,11 @@ def test_hostile_headers_are_read_or_refused_in_one_line():
 def test_a_type_that_no_adapter_has_is_told(tmp_path, dtype):
     with pytest.raises(FinetuneError, match="unknown type|lacks 'dtype'"):
         read_header(file_of(tmp_path / "x", {"a": entry(0, 0, dtype, [0])}))
+
+
+def test_what_kills_left_of_a_file_is_cleared_when_it_is_written(tmp_path):
+    gone, held = (tmp_path / f".a[1].safetensors.{pid}.part" for pid in (2**22 + 1, os.getppid()))
+    for file in (gone, held):
+        file.write_text("")
+    write_safetensors(tmp_path / "a[1].safetensors", {"x": torch.ones(1)}, {})
+    assert sorted(tmp_path.iterdir()) == [held, tmp_path / "a[1].safetensors"]

@@ -15,7 +15,7 @@ FLOORS = {
     "families": 3, "data": 3,
     "recipe": 2, "diffusion": 2, "optim": 2,
     "registry": 1, "header": 1, "artifact": 1, "change": 1, "lowrank": 1, "tokens": 1, "runfolder": 1, "device": 1,
-    "errors": 0, "batch": 0, "disk": 0, "terminal": 0, "__init__": 0,
+    "errors": 0, "batch": 0, "disk": 0, "records": 0, "terminal": 0, "__init__": 0,
 }
 FILES = sorted((ROOT / "finetune").rglob("*.py"))
 

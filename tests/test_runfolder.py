@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import socket
 from collections import namedtuple
 from pathlib import Path
 
@@ -36,6 +37,17 @@ def test_it_is_made_and_made_again(tmp_path):
     assert folder.begun()
 
 
+def test_a_start_clears_what_kills_left_and_nothing_that_is_being_written(tmp_path):
+    folder = RunFolder(tmp_path / "run", "x")
+    folder.create(0)
+    staged = [folder.previews / f".a.png.{pid}.part" for pid in (2**22 + 1, 10**30, os.getpid(), os.getppid())]
+    for file in staged:
+        file.write_text("")
+    (folder.checkpoints / ".step-00000001.part").mkdir()
+    RunFolder(tmp_path / "run", "x").create(0)
+    assert list(folder.root.rglob("*.part")) == staged[-1:]
+
+
 @pytest.mark.parametrize("free, enough", [(1_000_000, True), (999_999, False), (0, False)])
 def test_a_disk_without_room_is_told_before_the_run(tmp_path, monkeypatch, free, enough):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - free, free)
@@ -62,7 +74,9 @@ def test_who_holds_it_is_alive(tmp_path):
     held.lock()
     assert looks.owner()["pid"] == os.getpid()
     owner = tmp_path / ".run.owner"
-    for said in (owner.read_text().replace(str(os.getpid()), str(2**22 + 1)), "{", "[1]"):
+    whole = owner.read_text()
+    others = [whole.replace(str(os.getpid()), other) for other in (str(2**22 + 1), "1e400", "[]")]
+    for said in (*others, '{"host": ' * 10**5, "{"):
         owner.write_text(said)      # what a dead run left, while another process looks too
         assert looks.owner() is None
 
@@ -75,8 +89,37 @@ def test_a_run_on_a_read_only_disk_is_seen(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runfolder.FileLock, "acquire", refuse)
     assert RunFolder(tmp_path / "run", "x").owner()["pid"] == os.getpid()
-    write_json(tmp_path / ".run.owner", {"pid": os.getpid(), "host": "elsewhere"})
+    owner = tmp_path / ".run.owner"
+    owner.write_text(owner.read_text().replace(socket.gethostname(), "elsewhere"))
     assert RunFolder(tmp_path / "run", "x").owner() is None
+
+
+@pytest.mark.parametrize("line", [
+    "[]", "5", "[" * 10**5, '{"loss": 1}', '{"step": "1"}', '{"step": 1, "loss": 1}', '{"step": 1, "loss": "low"}',
+    '{"step": 1, "clip_i": [1]}', '{"step": 1' + "0" * 400 + "}", '{"step": 1, "loss": 1, "images_per_second": null}'])
+def test_a_line_that_no_run_has_written_is_damage(tmp_path, line):
+    folder = RunFolder(tmp_path, "x")
+    sound = [{"step": 1, "loss": None, "images_per_second": 2.5, "memory_mb": 100},
+             {"step": 2, "skipped": ["a"], "why": "loss"}]
+    folder.metrics.write_text("".join(json.dumps(one) + "\n" for one in sound) + '{"step": 3, "lo')
+    assert folder.logged() == sound
+    folder.metrics.write_text(f"{line}\n")
+    with pytest.raises(FinetuneError, match="metrics.jsonl is damaged: .*training on mends it"):
+        folder.logged()
+
+
+@pytest.mark.parametrize("change, place", [
+    ({"exact": {}}, "at exact.recipe"), ({"exact": [1]}, "at exact"), ({"rounding": {"torch": [1]}}, "at rounding.torch"),
+    ({}, "")])
+def test_an_identity_that_was_edited_is_damage(tmp_path, change, place):
+    folder, train = RunFolder(tmp_path, "x"), {"max_steps": 1, "batch_size": 1, "gradient_accumulation": 1, "seed": 0}
+    whole = {"exact": {"recipe": {"train": train, "data": {}}, "data": "", "base": {}, "processes": 1, "device": "cpu"},
+             "rounding": {"torch": "2", "threads": 1}}
+    write_json(folder.identity, whole)
+    assert folder.known() == whole
+    folder.identity.write_text(json.dumps(whole | change) if change else "{" * 10**5)
+    with pytest.raises(FinetuneError, match=f"run.json is damaged *{place}.*--fresh"):
+        folder.known()
 
 
 @pytest.mark.parametrize("place", ["file", "file/run"])

@@ -173,7 +173,7 @@ def end(chosen: list[str]) -> None:
 def resume(started: Started, folder: Path) -> None:
     """The same command again."""
     last = RunFolder(folder, folder.name).last_owner()
-    if not last.get("words"):
+    if not last or not last["words"]:
         raise FinetuneError(f"{folder}: how it was started is not known; under Train, start its recipe with this run folder")
     started.start(["train", *last["words"]], last["working_folder"])
 

@@ -41,8 +41,8 @@ def row(folder: Path) -> dict:
     """What the folder's files say, or, of damaged ones, what the trouble is."""
     try:
         return facts(RunFolder(folder, folder.name))
-    except (FinetuneError, OSError, LookupError, TypeError, ValueError) as e:
-        trouble = str(e) if isinstance(e, FinetuneError) else f"{folder} is damaged: {e!r}"
+    except (FinetuneError, OSError, OverflowError) as e:
+        trouble = str(e) if isinstance(e, FinetuneError) else f"{folder} cannot be read: {e}"
         return {"run": str(folder), "state": "damaged", "trouble": trouble}
 
 

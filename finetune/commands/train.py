@@ -57,6 +57,7 @@ def run(args) -> int:
 
 
 def _train(loaded, args, folder, deadline: float) -> int:
+    from finetune.data import changed
     from finetune.recipe import dump
     from finetune.train import best, loop, report, setup, trackers
 
@@ -74,6 +75,8 @@ def _train(loaded, args, folder, deadline: float) -> int:
             write_json(folder.identity, run.identity)      # first: it is what makes the folder a run, wherever a kill falls
         if begun is None or not folder.recipe.exists():
             write_text(folder.recipe, loaded.text)
+        if begun is None or not folder.data.exists():
+            changed.keep(folder.data, [stream.index for stream in run.loader.streams])
         write_text(folder.resolved, dump(recipe))
     accelerator.wait_for_everyone()
     trackers.start(accelerator, folder.root)

@@ -25,6 +25,7 @@ from finetune.errors import FinetuneError
 
 PIXELS = 2          # another number when pictures.py or pixels.py make other pixels of the same file: then all is encoded anew
 MAX_SCALED = 100_000_000
+MAX_CHARACTERS = 50_000     # of what a caption is made of: a hundred times what encoders read, and some 0.1 s of a tokenizer
 READERS = min(8, os.cpu_count() or 1)       # threads
 Cut = Callable[[str], str]      # a caption → the end of it that the text encoder would lose
 
@@ -46,9 +47,13 @@ def check_pictures(index: Index, sizes: np.ndarray) -> list[Note]:
 
 def check_captions(index: Index, captions: Captions) -> list[Note]:
     """The pictures that no caption can be made of."""
-    problems = []
+    problems, named = [], captions.columns()
     for i in range(len(index)):
-        if missing := captions.missing(index.columns(i)):
+        columns = index.columns(i)
+        problems += [Note("caption", index.name(i), f"the {name} beside it has {len(columns[name]):,} characters, and "
+                          f"{MAX_CHARACTERS:,} are the most; is it a caption? Shorten it, or leave the picture out")
+                     for name in named if len(columns.get(name, "")) > MAX_CHARACTERS]
+        if missing := captions.missing(columns):
             problems.append(Note("caption", index.name(i), f"no caption: it has no {', '.join(missing)}; write it into a .txt "
                                  "beside the picture or into metadata.jsonl, or set data.caption.template to a text "
                                  "without it"))

@@ -94,7 +94,7 @@ class Source:
         return bool((self.index.get(component) or [None])[0])
 
     def config(self, component: str) -> dict:
-        return _object(self.path, f"{component}/config.json", self.revision)
+        return json_object(self.path, f"{component}/config.json", self.revision)
 
     def load(self, cls: type, component: str, dtype: torch.dtype) -> nn.Module:
         """A frozen part in eval mode. Raises FinetuneError when it is not there or cannot be read."""
@@ -211,10 +211,10 @@ def locate(path: str, revision: str | None = None, variant: str | None = None) -
         return source(path)
     if Path(path).is_dir() and not Path(path, "model_index.json").is_file():
         raise FinetuneError(f"base.path: {path} is no diffusers folder: it has no model_index.json")
-    return Source(path, revision, variant, _object(path, "model_index.json", revision))
+    return Source(path, revision, variant, json_object(path, "model_index.json", revision))
 
 
-def _object(path: str, file: str, revision: str | None) -> dict:
+def json_object(path: str, file: str, revision: str | None) -> dict:
     """A JSON file of the source. Raises FinetuneError for one that is none, and for one that would have code fetched."""
     try:
         value = json.loads(_fetch(path, file, revision).read_text(encoding="utf-8"), object_hook=_without_code)
@@ -229,6 +229,9 @@ def _without_code(fields: dict) -> dict:
     for key in ("attn_implementation", "_attn_implementation"):
         if fields.get(key) not in OWN_ATTENTION:
             raise ValueError(f"its {key} {fields[key]!r} is code from elsewhere, which transformers would fetch and run; take it out")
+    if fields.get("quantization_config") is not None:
+        raise ValueError("its quantization_config chooses whose code unpacks the weights, and that would be fetched or imported; "
+                         "take a base that is not quantized, and base.quantize for few bits")
     return fields
 
 
@@ -314,7 +317,9 @@ def write(family, path: Path, dtype: torch.dtype) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     try:
         family.save(staging, dtype)
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():       # gone as a whole, wherever a kill falls
+            os.replace(path, doomed := path.with_name(f".{path.name}.old.part"))
+            shutil.rmtree(doomed)
         os.replace(staging, path)
     except (OSError, SafetensorError) as e:
         raise FinetuneError(f"{path}: cannot be written: {e}; nothing is left behind") from None

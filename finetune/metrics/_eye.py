@@ -49,9 +49,11 @@ def opened(kind, path: str, dtype: torch.dtype | str) -> torch.nn.Module:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(path)
-    asked = [each._attn_implementation for each in (config, *(getattr(config, name, config) for name in config.sub_configs))]
-    if other := [attention for attention in asked if attention not in families.OWN_ATTENTION]:
+    parts = config, *(getattr(config, name, config) for name in config.sub_configs)
+    if other := [part._attn_implementation for part in parts if part._attn_implementation not in families.OWN_ATTENTION]:
         raise ValueError(f"its config asks for the attention {other[0]!r}, which is code from elsewhere")
+    if any(getattr(part, "quantization_config", None) is not None for part in parts):
+        raise ValueError("its quantization_config chooses code from elsewhere; take the model that is not quantized")
     model, found = kind.from_pretrained(path, use_safetensors=True, dtype=dtype, output_loading_info=True)
     if missing := sorted(key for key in found["missing_keys"] if not key.startswith("pooler.")):     # is not looked at
         raise ValueError(f"{len(missing)} of its tensors are missing, for example {missing[0]}")

@@ -2,7 +2,6 @@
 
 Nothing private goes out: of folders and files the recipe on the card has the names alone."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -11,11 +10,11 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from finetune import __version__
-from finetune.disk import writing
+from finetune.disk import read_json, writing
 from finetune.errors import FinetuneError
 from finetune.recipe import Recipe
 from finetune.recipe.resolved import written
-from finetune.train.evaluate import table
+from finetune.train.evaluate import Result, table
 from finetune.train.export import named, public
 from finetune.train.report import Told, told
 
@@ -44,7 +43,7 @@ def write(run: Path, out: Path, to: str, licence: str) -> list[Path]:
     if not proof:
         raise FinetuneError(f"{run}: is no run that is done and proven: it has no adapter/verify.json")
     missing = [name for name in proof if not (run / "adapter" / name).exists()]
-    failed = [name for name, checks in proof.items() if not all(check["passed"] for check in checks)]
+    failed = [name for name, checks in proof.items() if not all(check.passed for check in checks)]
     if missing or failed:
         raise FinetuneError(f"{run}: {', '.join(missing + failed)} in adapter/ is not there, or not proven to work; only what "
                             "is proven is pushed")
@@ -84,7 +83,7 @@ def text(run: Told, to: str, licence: str, pictured: bool) -> str:
         parts += [f"{code(file)}:", "\n".join(f"- **{tool}**: {line(words)}" for tool, words in tools)]
     parts += ["## How it was trained", f"With finetune {__version__} and this recipe; what it leaves out is at its default.",
               fenced(written(spoken(recipe)), "yaml"), *measured(run), "## Proof",
-              "\n".join(f"- {code(file)}: {len(checks)} checks passed ({line(', '.join(check['name'] for check in checks))})"
+              "\n".join(f"- {code(file)}: {len(checks)} checks passed ({line(', '.join(check.name for check in checks))})"
                         for file, checks in run.proof.items())]
     return "\n\n".join(parts) + "\n"
 
@@ -107,7 +106,7 @@ def measured(run: Told) -> list[str]:
     """The last losses, and the table of an eval that was written into a folder of the run."""
     last = {key: [each[key] for each in run.lines if each.get(key) is not None][-1:] for key in ("loss", "validation_loss")}
     said = [f"{key.replace('_', ' ')}: {value[0]:.4g}" for key, value in last.items() if value]
-    tables = [table(json.loads(file.read_text(encoding="utf-8"))["metrics"])
+    tables = [table(read_json(file, Result)["metrics"])
               for file in sorted(run.folder.glob("*/eval.json"))]
     return ["## Numbers", "At the end, " + ", ".join(said) + ".", *map(fenced, tables)] if said or tables else []
 

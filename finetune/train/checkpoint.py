@@ -48,7 +48,7 @@ def save(folder: RunFolder, state: State, keep_last: int, keep_every: int | None
         if folder.metrics.exists():     # the checkpoint must not outlive its log
             sync(folder.metrics)
         files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(staging.iterdir())}
-        write_json(staging / MANIFEST, {"step": state.step, "files": files})
+        write_json(staging / MANIFEST, {"step": state.step, "run": folder.fingerprint(), "files": files})
         sync(staging)
         os.replace(staging, final)
         sync(final.parent)
@@ -78,6 +78,8 @@ def load(path: Path) -> State:
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if manifest["step"] != step(path):
         raise ValueError(f"it is of step {manifest['step']}")
+    if manifest["run"] != RunFolder(path.parent.parent, "").fingerprint():
+        raise ValueError("it is of another run")
     files = {name: manifest["files"][name] for name in ("parameters.safetensors", "optimizer.safetensors", *manifest["files"])}
     for name, seal in files.items():
         if (path / name).stat().st_size != seal["size"] or _sha256(path / name) != seal["sha256"]:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import numpy as np
 from PIL import Image
+from typing_extensions import TypedDict     # pydantic wants this one
 
 from finetune import __version__, registry
 from finetune.data import encode
@@ -47,6 +49,26 @@ class Metric:
     word: str
     module: ModuleType
     model: str
+
+
+class Number(TypedDict):
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Numbers(TypedDict):
+    """Of a metric: of each subject, and of each two."""
+
+    better: Literal["higher", "lower", ""]
+    of: dict[str, Number]
+    differences: dict[str, Number]
+
+
+class Result(TypedDict):
+    """What is read of eval.json."""
+
+    metrics: dict[str, Numbers]
 
 
 def subjects(words: Sequence[str]) -> list[Subject]:

@@ -175,7 +175,8 @@ def check_length(stream: Stream, recipe: Recipe, family) -> list[Note]:
     family.long = "error" if cut else recipe.data.caption.long
     if stream.captions.finite:
         found = encode.every_caption([(stream.index, stream.captions)])
-        notes = [note for caption, name in found.items() for note in encode.check_length(caption, name, family.cut_text)]
+        notes = [note for caption, name in found.items() if len(caption) <= encode.MAX_CHARACTERS
+                 for note in encode.check_length(caption, name, family.cut_text)]
     elif encode.check_captions(stream.index, stream.captions):
         return []           # nothing can be drawn
     else:

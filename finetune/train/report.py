@@ -4,7 +4,6 @@ It is made of what lies in the run folders and of the pictures that were learned
 
 import base64
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ from PIL import Image
 
 from finetune.artifact import MEASURED, read_header
 from finetune.data import pictures
-from finetune.disk import write_text, writing
+from finetune.disk import read_json, write_text, writing
 from finetune.errors import FinetuneError
 from finetune.formats.base import identify
 from finetune.recipe import Recipe, dump, load
@@ -29,6 +28,7 @@ from finetune.train.curves import chart
 from finetune.train.export import public
 from finetune.train.lint import lint
 from finetune.train.norms import measure
+from finetune.train.verify import Proof
 
 NAME = "report.html"
 SHOWN, THUMBNAIL = 24, 144      # pictures of the data, and their longer side in pixels
@@ -63,7 +63,7 @@ class Told:
     folder: Path
     recipe: Recipe
     lines: list[dict]       # of metrics.jsonl
-    proof: dict             # adapter/verify.json
+    proof: Proof            # adapter/verify.json
 
     @property
     def title(self) -> str:
@@ -100,7 +100,7 @@ class Told:
         if self.files:
             found["adapter"] = f"{self.files[0].stat().st_size / 1000:,.0f} KB"
         if self.proof:
-            passed = all(check["passed"] for checks in self.proof.values() for check in checks)
+            passed = all(check.passed for checks in self.proof.values() for check in checks)
             found["proof"] = "every check passed" if passed else "a check FAILED"
         return found
 
@@ -138,7 +138,7 @@ class Told:
 
     @property
     def given(self) -> str:
-        return public((self.folder / "recipe.yaml").read_text(encoding="utf-8"))      # a page travels
+        return public((self.folder / "recipe.yaml").read_text(encoding="utf-8", errors="replace"))      # a page travels
 
     @property
     def resolved(self) -> str:
@@ -146,12 +146,12 @@ class Told:
 
 
 def told(folder: Path) -> Told:
-    """Raises FinetuneError for a folder whose recipe or log cannot be read."""
+    """Raises FinetuneError for a folder whose recipe, log or proof cannot be read."""
     try:
         receipt = folder / "adapter" / "verify.json"
         return Told(folder, load(folder / "resolved.yaml").recipe, RunFolder(folder, folder.name).logged(),
-                    json.loads(receipt.read_text(encoding="utf-8")) if receipt.exists() else {})
-    except (OSError, ValueError) as e:
+                    read_json(receipt, Proof) if receipt.exists() else {})
+    except OSError as e:
         raise FinetuneError(f"{folder}: is no run that can be told about: {e}") from None
 
 

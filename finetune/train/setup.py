@@ -15,8 +15,9 @@ from PIL import Image
 from finetune import __version__, device, registry
 from finetune.artifact import WHOLE
 from finetune.batch import Batch, Conditioning
-from finetune.data import cache
+from finetune.data import cache, changed
 from finetune.data.cache import Cache
+from finetune.data.index import Index
 from finetune.data.loader import Loader, Stream
 from finetune.diffusion.noise import derive
 from finetune.diffusion.path import Discrete
@@ -90,7 +91,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
                      "finetune": __version__, **{package: version(package) for package in PACKAGES}},
     }
     if begun:
-        check_identity(begun, identity, folder, say)
+        check_identity(begun, identity, folder, [stream.index for stream in base.streams], say)
     method = install(recipe, base)
     for job in previews(recipe):
         ground.check_prompt("preview.prompts", job.prompt, family)
@@ -185,10 +186,12 @@ def code() -> str:
     return hashlib.sha256(b"".join(f"{p.relative_to(root)}\0".encode() + p.read_bytes() for p in sources)).hexdigest()[:12]
 
 
-def check_identity(begun: dict, now: dict, folder: RunFolder, say: Say) -> None:
+def check_identity(begun: dict, now: dict, folder: RunFolder, data: list[Index], say: Say) -> None:
     """Raise FinetuneError, with the differences, when the run in the folder is another one than this. What changes rounding
     alone is said."""
-    if differences := difference(begun["exact"], now["exact"]):
+    before, after = dict(begun["exact"]), dict(now["exact"])
+    same = before.pop("data") == after.pop("data")
+    if differences := ([] if same else changed.changes(folder.data, data)) + difference(before, after):
         raise FinetuneError("\n    ".join([f"{folder.root} holds a run that this one cannot continue:", *differences,
                             "--fresh moves it aside and starts anew; --run DIR starts beside it"]))
     for line in difference(begun["rounding"], now["rounding"]):

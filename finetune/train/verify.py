@@ -13,8 +13,10 @@ import json
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import StringConstraints
 from torch import Tensor, nn
 
 from finetune import registry, tokens
@@ -22,6 +24,7 @@ from finetune.artifact import WHOLE, Artifact, modules, read_header, weights_of
 from finetune.change import core
 from finetune.device import spare_memory
 from finetune.diffusion import noise
+from finetune.errors import FinetuneError
 from finetune.families import _control
 from finetune.families import base as families
 from finetune.families._altered import leave_out
@@ -45,6 +48,10 @@ class Check:
     name: str
     passed: bool
     found: str
+
+
+# verify.json: of each file in its folder, by name, the checks.
+Proof = dict[Annotated[str, StringConstraints(pattern=r"^[^/\\.][^/\\]*$")], list[Check]]
 
 
 def verify(path: Path, family, expected: dict[float, Tensor] | None = None) -> list[Check]:
@@ -148,8 +155,9 @@ def by_controlnet(path: Path, artifact: Artifact, family, expected: dict[float, 
         with _control.added(family, [(artifact.tensors, strength)]):
             wanted = expected[strength] if expected else probe(family)
             try:
+                families.json_object(str(path.parent), "config.json", None)      # is looked through
                 read = diffusers.ControlNetModel.from_pretrained(path.parent, use_safetensors=True)
-            except (OSError, ValueError, RuntimeError) as e:
+            except (FinetuneError, OSError, ValueError, RuntimeError) as e:
                 return [*checks, Check("diffusers", False, f"its loader refuses the file: {str(e).splitlines()[0]}")]
             _control.scale(read, strength)
             family.parts["control"] = read.to(wanted.device)

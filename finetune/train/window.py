@@ -13,6 +13,7 @@ import torch
 from finetune import device
 from finetune.disk import write_text
 from finetune.errors import FinetuneError
+from finetune.records import measured
 from finetune.runfolder import RunFolder
 from finetune.train import trackers
 from finetune.train.setup import Run
@@ -96,9 +97,9 @@ def rewind(folder: RunFolder, done: int, logged: int, say) -> None:
         kept = []
         for line in folder.metrics.read_bytes().splitlines(keepends=True):
             try:
-                said = json.loads(line)
+                said = measured(line)
                 if line.endswith(b"\n") and said["step"] <= (logged if "loss" in said or "skipped" in said else done):
                     kept.append(line.decode())
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except ValueError:
                 say(f"{folder.metrics.name}: a damaged line is left out")
         write_text(folder.metrics, "".join(kept))

@@ -95,11 +95,13 @@ class End:
 
 @dataclass(frozen=True)
 class Case:
-    """A run folder and a cache of its own, both in `place`; `words` are `--set` for the recipe."""
+    """A run folder and a cache of its own, both in `place`; `words` are `--set` for the recipe. Or another `command`, which
+    writes there."""
 
     place: Path
     recipe: Path
     words: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
 
     @property
     def run(self) -> Path:
@@ -107,7 +109,7 @@ class Case:
 
     def start(self, mode: int = OFF, at: int = 0, error: int = 0, number: int = signal.SIGKILL, after: float | None = None,
               first: Callable[[], None] = lambda: None) -> End:
-        """`finetune train` in a new process, which calls `first` first: to its end, or until signal `number` comes, `after`
+        """`finetune train`, or the command, in a new process, which calls `first` first: to its end, or until signal `number` comes, `after`
         seconds from its start."""
         self.place.mkdir(parents=True, exist_ok=True)
         said, trace = self.place.with_suffix(".said"), self.place.with_suffix(".calls")
@@ -143,8 +145,8 @@ class Case:
                 str(self.place).encode(), mode, ctypes.c_long(at), error, counted)
             from finetune.cli import main
 
-            code = main(["train", str(self.recipe), "--run", str(self.run),
-                         *(word for own in self.words for word in ("--set", own))])
+            code = main(self.command or ["train", str(self.recipe), "--run", str(self.run),
+                                         *(word for own in self.words for word in ("--set", own))])
             if mode == COUNT:
                 self.place.with_suffix(".modules").write_text("\n".join(sys.modules))
         except SystemExit as e:
@@ -182,6 +184,13 @@ class Case:
         return not wrong
 
 
+    def import_all(self) -> None:
+        """What it imported when its calls were counted, so that no other process has to."""
+        for name in self.place.with_suffix(".modules").read_text().splitlines():
+            with suppress(Exception):
+                importlib.import_module(name)
+
+
 def arguments(description: str, sample: int = 0) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--sample", type=int, default=sample, metavar="N", help="so many, drawn; 0: all")
@@ -197,9 +206,7 @@ def reference(method: str, place: Path, words: tuple[str, ...] = ()) -> tuple[Pa
     whole, again = (Case(place / name, path, words) for name in ("whole", "again"))
     end = whole.start(COUNT)
     assert end.code == 0, end.said
-    for name in whole.place.with_suffix(".modules").read_text().splitlines():      # so that no other run has to
-        with suppress(Exception):
-            importlib.import_module(name)
+    whole.import_all()
     begin = time.monotonic()
     assert again.start().code == 0 and again.outcome() == whole.outcome(), "two undisturbed runs differ"
     return path, end.calls, whole.outcome(), time.monotonic() - begin

@@ -44,7 +44,8 @@ def test_no_runs_and_no_run(tmp_path, monkeypatch, capsys):
 def test_a_damaged_run_is_named_and_the_others_are_listed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train = {"max_steps": 4, "batch_size": 1, "gradient_accumulation": 1}
-    sound = json.dumps({"exact": {"recipe": {"train": train}, "processes": 1}, "rounding": {}})
+    exact = {"recipe": {"train": train}, "processes": 1, "data": "", "base": {}, "device": "cpu"}
+    sound = json.dumps({"exact": exact, "rounding": {}})
     for name, said in {"a": "{", "b": sound, "c": '{"exact": {}, "rounding": {}}'}.items():
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "run.json").write_text(said)
@@ -52,7 +53,7 @@ def test_a_damaged_run_is_named_and_the_others_are_listed(tmp_path, monkeypatch,
     a, b, c = capsys.readouterr().out.splitlines()
     assert a.startswith("runs/a") and "runs/a/run.json is damaged" in a
     assert b.split() == ["runs/b", "stopped", "0/4"]
-    assert "runs/c is damaged: KeyError('recipe')" in c
+    assert "runs/c/run.json is damaged at exact.recipe: Field required" in c
     assert main(["status", "--json"]) == 0
     assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["damaged", "stopped", "damaged"]
     assert main(["status", "runs/a"]) == 2

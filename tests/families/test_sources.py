@@ -116,6 +116,8 @@ def test_a_relative_in_the_same_pipeline_is_told_by_its_unet(base, fields, what)
 @pytest.mark.parametrize("component, fields, what", [
     ("text_encoder", {"_attn_implementation": "someone/kernel"}, "'someone/kernel' is code from elsewhere"),
     ("text_encoder", {"text_config": {"attn_implementation": "flash_attention_2"}}, "is code from elsewhere"),
+    ("unet", {"quantization_config": {"quant_method": "gguf"}}, "its quantization_config chooses whose code"),
+    ("text_encoder", {"text_config": {"quantization_config": {}}}, "its quantization_config chooses whose code"),
     ("text_encoder", {"hidden_act": "x"}, "its text_encoder cannot be loaded"), ("text_encoder", {"pad_token_id": "x"}, "cannot be loaded"), ("vae", {"in_channels": None}, "its vae cannot"),
     ("unet", {"block_out_channels": -1}, "its unet cannot be loaded"), ("scheduler", {"prediction_type": {}}, "its scheduler predicts {}"),
     ("scheduler", {"beta_start": "x"}, "its scheduler")])

@@ -71,6 +71,10 @@ def test_a_network_without_its_weights_is_refused(clip, tmp_path):
         Network(str(tmp_path))
     with pytest.raises(FinetuneError, match="cannot be used"):
         Network(str(tmp_path / "nowhere"))
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FinetuneError, match="its quantization_config chooses code"):
+        Network(str(tmp_path))
 
 
 def test_sets_of_the_same_kind_have_no_distance_and_others_have(eye):

@@ -91,6 +91,10 @@ def test_it_is_resumed_proven_and_sampled_as_plain_diffusers_does(recipe, train,
     facts = json.loads(capsys.readouterr().out)
     assert (facts["kind"], facts["family"], facts["format"]) == ("control", "sd1", "diffusers")
     assert main(["verify", str(folder), "--base", "tiny"]) == 0 and "diffusers at strength 1" in capsys.readouterr().out
+    given = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(json.dumps(json.loads(given) | {"quantization_config": {"quant_method": "gguf"}}))
+    assert main(["verify", str(folder), "--base", "tiny"]) == 2 and "quantization_config" in capsys.readouterr().out
+    (folder / "config.json").write_text(given)
     assert main(["push", str(tmp_path / "whole"), "--to", "user/name", "--licence", "cc0-1.0", "--dry-run", str(tmp_path / "hub")]) == 0
     assert 'ControlNetModel.from_pretrained("user/name")' in (tmp_path / "hub" / "README.md").read_text()
     ControlNetModel.from_pretrained(tmp_path / "hub")

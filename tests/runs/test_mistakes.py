@@ -40,8 +40,11 @@ def test_all_bad_pictures_and_captions_at_once(refused, pictures, tmp_path):
     shutil.copytree(pictures, bad)
     (bad / "0.png").write_bytes((bad / "0.png").read_bytes()[:-30])
     (bad / "new.jpg").write_bytes(b"<html>not a picture</html>")
-    shutil.copy(bad / "1.png", bad / "bare.png")
-    refused("0.png: not a readable picture", "new.jpg: not a readable picture", "bare.png: no caption", data__images=bad)
+    for name in ("bare", "novel"):
+        shutil.copy(bad / "1.png", bad / f"{name}.png")
+    (bad / "novel.txt").write_text("a red circle, " * 10**5)
+    refused("0.png: not a readable picture", "new.jpg: not a readable picture", "bare.png: no caption",
+            "novel.png: the text beside it has 1,399,999 characters, and 50,000 are the most", data__images=bad)
 
 
 def test_bad_pictures_can_be_left_out(recipe, train, pictures, tmp_path, capsys):

@@ -81,6 +81,10 @@ def test_a_push(run, tmp_path, capsys, monkeypatch):
     proof["small.safetensors"][0]["passed"] = False
     (run / "adapter" / "verify.json").write_text(json.dumps(proof))
     assert push(run) == 2 and "only what is proven is pushed" in capsys.readouterr().err
+    for edited, place in ({"../recipe.yaml": []}, "../recipe.yaml"), ({"small.safetensors": [{}]}, "small.safetensors.0.name"):
+        (run / "adapter" / "verify.json").write_text(json.dumps(edited))       # nothing from elsewhere is copied out
+        for command in (push, lambda run: main(["report", str(run)])):
+            assert command(run) == 2 and f"verify.json is damaged at {place}" in capsys.readouterr().err
     (run / "adapter" / "verify.json").unlink()
     assert push(run) == 2 and "is no run that is done" in capsys.readouterr().err
 

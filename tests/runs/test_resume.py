@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
 import torch
 
+from finetune.disk import write_json
 from finetune.runfolder import RunFolder
 from finetune.train import checkpoint, lean, loop
 
@@ -141,6 +143,20 @@ def test_a_manifest_that_is_none_is_damage(tmp_path, manifest):
     assert "step-00000001 is damaged" in said[0] and (folder.checkpoints / "damaged-step-00000001").is_dir()
 
 
+def test_a_checkpoint_of_another_run_is_not_used(tmp_path):
+    said, one, other = [], RunFolder(tmp_path / "one", "x"), RunFolder(tmp_path / "other", "x")
+    for folder in (one, other):
+        folder.root.mkdir()
+        train = {"max_steps": 1, "batch_size": 1, "gradient_accumulation": 1, "seed": folder.root.name}
+        exact = {"recipe": {"train": train}, "data": "", "base": {}, "processes": 1, "device": "cpu"}
+        write_json(folder.identity, {"exact": exact, "rounding": {}})
+        checkpoint.save(folder, checkpoint.State(1, {"a": torch.ones(2)}, {}, {}, None), 2)
+        assert checkpoint.newest(folder, said.append, tidy=True) and not said
+    shutil.rmtree(one.checkpoint(1))
+    shutil.copytree(other.checkpoint(1), one.checkpoint(1))
+    assert checkpoint.newest(one, said.append, tidy=True) is None and "it is of another run" in said[0]
+
+
 def test_a_failed_save_keeps_the_last_checkpoint(recipe, train, tmp_path, monkeypatch, capsys):
     real = checkpoint.write_safetensors
 
@@ -182,15 +198,20 @@ def test_a_changed_recipe_is_refused_with_the_difference(recipe, train, tmp_path
 
 
 def test_edited_pictures_are_another_run(recipe, train, tmp_path, pictures, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(pictures, copy)
     assert train(recipe, tmp_path / "run") == 0
     assert train(recipe, tmp_path / "run", *settings(data__images=copy)) == 0      # the same pictures elsewhere
-    (copy / "metadata.jsonl").write_text((copy / "metadata.jsonl").read_text().replace("red", "crimson"))
+    rows = (copy / "metadata.jsonl").read_text().replace("red", "crimson").replace("6.png", "new.png")
+    (copy / "metadata.jsonl").write_text(rows)
+    (copy / "6.png").rename(copy / "new.png")
     assert train(recipe, tmp_path / "run", *settings(data__images=copy)) == 2
-    assert "data:" in capsys.readouterr().err
+    told = [line.strip() for line in capsys.readouterr().err.splitlines() if line.startswith("    data:")]
+    assert told == [f"data: of what is learned, 1 changed: {copy}/0.png (what is written beside it)",
+                    f"data: of what is learned, 1 missing now: {copy}/6.png", f"data: of what is learned, 1 new: {copy}/new.png"]
+    (tmp_path / "run" / "data.parquet").write_bytes(b"PAR1" * 9)
+    assert train(recipe, tmp_path / "run", *settings(data__images=copy)) == 2
+    assert "which pictures cannot be told" in capsys.readouterr().err
 
 
 def test_a_run_continues_from_its_own_copy_of_the_recipe(recipe, train, tmp_path):
