@@ -74,14 +74,14 @@ def merge(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]) -
     sums: dict[nn.Parameter, Tensor] = {}
     for artifact, strength in adapters:
         for _, p, how in touched(parts, artifact):
-            before.setdefault(p, p.detach().clone())
+            before.setdefault(p, p.data)
             sums.setdefault(p, p.float())
             if isinstance(how, Tensor):     # at 1 exactly that, since p − p is 0
                 sums[p] = sums[p] - p.float() + torch.lerp(p.float(), how.to(p.device).float().reshape(p.shape), strength)
             else:
                 sums[p] = sums[p] + strength * change(how, p)
-    for p, value in sums.items():
-        p.copy_(value)
+    for p, value in sums.items():       # not written into: what is mapped from a file stays so, and has no copy
+        p.data = value.to(p.dtype)
     return list(before.items())
 
 
@@ -94,6 +94,5 @@ def merged(parts: dict[str, nn.Module], adapters: list[tuple[Artifact, float]]):
         try:
             yield
         finally:
-            with torch.no_grad():
-                for p, value in before:
-                    p.copy_(value)
+            for p, value in before:
+                p.data = value
