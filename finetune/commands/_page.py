@@ -130,7 +130,8 @@ def refresh(chosen: list[str], step: float, seen: dict) -> list:
     ends = {"minimum": steps[0], "maximum": steps[-1], "step": math.gcd(*(s - steps[0] for s in steps)), "value": step} \
         if len(steps) > 1 else {}
     marks = [(folder, step, len(report.previews(folder))) for folder in folders]
-    now = {"table": scoped(report.template("runs.html").render(rows=rows, clock=status.clock)), "chosen": gr.update(choices=names, value=chosen),
+    now = {"table": scoped(report.template("runs.html").render(rows=rows, clock=status.clock)),
+           "chosen": gr.update(choices=names, value=chosen),
            "curves": curves_of(folders), "step": gr.update(visible=bool(ends), **ends),
            "previews": seen["previews"] if marks == seen.get("marks") else sheets(folders, step)}
     return [*(new if new != seen.get(key) else gr.skip() for key, new in now.items()),

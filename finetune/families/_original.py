@@ -172,7 +172,7 @@ def _mmdit(names: list[str]) -> Placed:
 
 
 def _same(names: list[str], odd: Mapping[str, tuple[str, str]] = {}) -> Placed:
-    """CLIP and T5 under the names of transformers, a VAE under those of diffusers, and theirs and how of those that are odd."""
+    """CLIP and T5 under the names of transformers, a VAE under those of diffusers; and theirs and how of what is `odd`."""
     yield from ((name, *odd.get(name, (name, "same"))) for name in names)
 
 

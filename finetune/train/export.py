@@ -118,7 +118,7 @@ def check(artifact: Artifact) -> None:
               "not zero": "raise train.learning_rate or train.max_steps"}
     for each in verify.numbers(artifact):
         if not each.passed:
-            raise FinetuneError(f"{each.name}: {each.found}: no adapter is written; {advice[each.name]}")
+            raise FinetuneError(f"the adapter is not written ({each.name}: {each.found}); {advice[each.name]}")
 
 
 def metadata(run: Run) -> dict[str, str]:
