@@ -64,7 +64,8 @@ def test_gradient_checkpointing_trains_the_same(recipe, train, tmp_path):
     assert train(recipe, tmp_path / "plain", *short) == 0
     for how in ("true", "selective"):
         assert train(recipe, tmp_path / how, *short, *settings(train__gradient_checkpointing=how)) == 0
-        assert relative(adapter(tmp_path / how), adapter(tmp_path / "plain")) < 1e-5
+        found, plain = adapter(tmp_path / how), adapter(tmp_path / "plain")
+        assert all(torch.equal(found[name], plain[name]) for name in plain)
 
 
 def test_the_adapter_is_float32_and_moves_on_a_bfloat16_base(recipe, train, tmp_path):
