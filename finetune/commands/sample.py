@@ -43,6 +43,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     parser.add_argument("--batch", type=int, default=8,
                         help="pictures sampled together; no picture depends on it, but for rounding")
+    parser.add_argument("--tiles", action="store_true",
+                        help="let the VAE work tile by tile: large pictures in less memory, and blended where tiles meet")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the PNGs go")
     parser.add_argument("--grid", type=Path, metavar="FILE", help="also lay all of them out as one labelled picture")
     parser.add_argument("--overwrite", action="store_true", help="replace pictures that are there already")
@@ -71,6 +73,8 @@ def run(args) -> int:
     family = _base.load(args, numbers)
     for part in family.parts.values():
         part.to(device.best())
+    if args.tiles:
+        family.parts["vae"].enable_tiling()
     loaded = adapters.load(named, family)
     with adapters.on(family, loaded):       # what is wrong with one of them is said before the first picture
         wanted = sampling.settle(family, wanted)

@@ -268,6 +268,7 @@ def probe(family) -> Tensor:
     t = family.path.time(torch.tensor(FRACTIONS, dtype=torch.float64), torch.full((2,), pixels ** 2))
     geometry = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]] * 2, device=x.device, dtype=x.dtype)
     with resting(family.parts):
+        spare_memory()      # what the last probe read of the denoiser
         told = family.encode_text(["a picture", "a red circle"])
         spare_memory()      # the text encoders are done
         if "control" in family.parts:

@@ -43,6 +43,17 @@ def test_a_picture_depends_on_its_seed_only(tmp_path):
     assert facts["prompt"] == "a blue star" and facts["seed"] == 6 and facts["base"] == "tiny"
 
 
+def test_tiles_show_the_same_in_parts(tmp_path, monkeypatch):
+    from diffusers.models.autoencoders.vae import Decoder
+
+    sizes, forward = [], Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda self, z, *rest: sizes.append(z.shape[-1]) or forward(self, z, *rest))
+    for name, words in (("whole", []), ("tiles", ["--tiles"])):
+        assert sample(tmp_path / name, "--prompt", "a red circle", "--size", "128x128", *words) == 0
+    whole, tiles = (Image.open(tmp_path / name / "0000-seed0.png").convert("RGB").tobytes() for name in ("whole", "tiles"))
+    assert sizes[0] == 32 and max(sizes[1:]) == 16 and 0 < sum(abs(a - b) for a, b in zip(whole, tiles)) / len(whole) < 8
+
+
 def test_strengths_and_grid(tmp_path, adapter):
     assert sample(tmp_path / "out", "--prompt", "a red circle", "--adapter", adapter, "--strengths", "0,0.5,1",
                   "--grid", tmp_path / "sheets" / "grid.png") == 0
