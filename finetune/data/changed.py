@@ -18,8 +18,8 @@ SHOWN = 3       # names of each kind
 
 def keep(path: Path, indexes: list[Index]) -> None:
     """Write down what is there. Raises FinetuneError when the disk refuses."""
-    with writing(str(path)), replacing(path) as staged:
-        pa.parquet.write_table(rows(concatenated(indexes)), staged, compression="zstd")
+    with writing(str(path)), replacing(path) as staged, open(staged, "wb") as file:     # buffered: arrow writes in crumbs
+        pa.parquet.write_table(rows(concatenated(indexes)), file, compression="zstd")
 
 
 def changes(path: Path, indexes: list[Index]) -> list[str]:

@@ -78,7 +78,8 @@ def load(path: Path) -> State:
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     if manifest["step"] != step(path):
         raise ValueError(f"it is of step {manifest['step']}")
-    if manifest["run"] != RunFolder(path.parent.parent, "").fingerprint():
+    own = RunFolder(path.parent.parent, "").fingerprint()
+    if manifest.get("run", own) != own:     # those of the first version do not say
         raise ValueError("it is of another run")
     files = {name: manifest["files"][name] for name in ("parameters.safetensors", "optimizer.safetensors", *manifest["files"])}
     for name, seal in files.items():

@@ -13,9 +13,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents
 from harness import restarted  # noqa: E402
 
 SAMPLES = {"kill": "--sample 2", "storage": "--sample 1", "resume": "--sample 2", "stops": "--sample 1",
-           "stream": "--draws 200", "second_start": "--sample 2",
-           "commands": "--command sample --command cache --command convert --sample 3", "not_finite": "--sample 4",
-           "flips": "--sample 40", "canaries": "--sample 8"}
+           "commands": "--command sample --command cache --command convert --sample 3", "stream": "--draws 200",
+           "second_start": "--sample 2", "not_finite": "--sample 4", "flips": "--sample 40", "canaries": "--sample 8"}
 
 
 def main() -> int:
