@@ -51,7 +51,7 @@ def test_tiles_show_the_same_in_parts(tmp_path, monkeypatch):
     for name, words in (("whole", []), ("tiles", ["--tiles"])):
         assert sample(tmp_path / name, "--prompt", "a red circle", "--size", "128x128", *words) == 0
     whole, tiles = (Image.open(tmp_path / name / "0000-seed0.png").convert("RGB").tobytes() for name in ("whole", "tiles"))
-    assert sizes[0] == 32 and max(sizes[1:]) == 16 and 0 < sum(abs(a - b) for a, b in zip(whole, tiles)) / len(whole) < 8
+    assert sizes[0] == 32 and max(sizes[1:]) == 16 and 0 < sum(abs(a - b) for a, b in zip(whole, tiles)) / len(whole) < 20
 
 
 def test_strengths_and_grid(tmp_path, adapter):
