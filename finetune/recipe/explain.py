@@ -105,9 +105,9 @@ def _models(annotation) -> list[type[BaseModel]]:
 
 
 def _words(annotation) -> tuple[str, ...]:
-    """The words of `Literal[…]` or `Literal[…] | None`."""
-    return sum((_words(argument) if get_args(argument) else (argument,) for argument in get_args(annotation)
-                if argument is not NoneType), ())
+    """The words of `Literal[…]` or `Literal[…] | None`, as YAML has them."""
+    return sum((_words(argument) if get_args(argument) else (str(argument).lower() if isinstance(argument, bool) else argument,)
+                for argument in get_args(annotation) if argument is not NoneType), ())
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -80,7 +80,7 @@ class Train(Fields):
     out, not the whole step."""
     seed: Seed = 0
     """Every random number of the run follows from it."""
-    gradient_checkpointing: bool | Literal["selective"] = False
+    gradient_checkpointing: Literal[False, True, "selective"] = False
     """Compute activations twice instead of keeping them: less memory, about a third slower. selective keeps those that are
     dear to compute: nearly as little memory, for a tenth more arithmetic."""
     compile: bool = False

@@ -157,8 +157,9 @@ def test_what_cannot_be_proven_does_not_keep_its_name(recipe, train, tmp_path, m
 def test_a_start_that_was_killed_before_it_was_a_run_can_be_repeated(recipe, train, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "log.txt").write_text("base tiny\n")
-    for torn in (".run.json.1.part", "adapter/best/.small.safetensors.1.part",
-                 "checkpoints/.step-00000002.part/.manifest.json.1.part"):
+    gone = 2**31 - 1        # no process has this number
+    for torn in (f".run.json.{gone}.part", f"adapter/best/.small.safetensors.{gone}.part",
+                 f"checkpoints/.step-00000002.part/.manifest.json.{gone}.part"):
         (tmp_path / "run" / torn).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / torn).write_text('{"exa')
     assert train(recipe, tmp_path / "run") == 0
