@@ -31,10 +31,13 @@ ITEM_BYTES = {
 }
 FLOATS = {"F16": "<e", "F32": "<f", "F64": "<d", "BF16": ""}
 
-_SPACE = re.compile(rb"[ \t\r\n]*")
+_SPACE = rb"[ \t\r\n]*"
+_MARKS = {mark: re.compile(_SPACE + re.escape(mark) + _SPACE) for mark in (b"{", b"}", b":", b",")}
+_QUOTED = re.compile(rb'"([^"]*)"')
 _INSIDE = re.compile(rb'(?:[^"\\]+|\\.){0,4096}', re.S)     # of a string; bounded, since each step is remembered
-_ENTRY = re.compile(rb"\{([^{}]{0,400})\}")
-_FIELD = re.compile(rb'"(dtype|shape|data_offsets)"[ \t\r\n]*:[ \t\r\n]*(?:"([A-Z0-9_]{0,16})"|\[([^\]"]{0,300})\])')
+_VALUE = rb'(?:"([A-Za-z][A-Za-z0-9_]{0,15})"|\[([^]"{}]{0,300})\])'
+_FIELD = _SPACE.join((b"", rb'"(dtype|shape|data_offsets)"', b":", _VALUE, b""))
+_ENTRY = re.compile(rb"\{" + b",".join([_FIELD] * 3) + rb"\}")
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,9 @@ def read_header(path: str | Path) -> Header:
             return _read(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise FinetuneError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError) as error:
-        why = f"lacks {error}" if isinstance(error, KeyError) else error
+    except ValueError as error:
         raise FinetuneError(
-            f"{path}: is not a sound safetensors file: {why}\n"
+            f"{path}: is not a sound safetensors file: {error}\n"
             "    it is cut, damaged or of another type: fetch it again"
         ) from error
 
@@ -134,28 +136,22 @@ def _metadata(scan: _Scan) -> dict[str, str]:
 
 def _place(scan: _Scan, name: str) -> Place:
     entry = _ENTRY.match(scan.data, scan.at)
-    if not entry:
-        raise ValueError(f"{name!r} is not followed by what describes a tensor")
-    found = _FIELD.findall(entry[1])
-    fields = {key: (text, numbers) for key, text, numbers in found}
-    for field in ("dtype", "shape", "data_offsets"):
-        if field.encode() not in fields:
-            raise KeyError(field)
-    if len(found) != len(fields) or entry[1].count(b":") != len(found):
-        raise ValueError(f"{name!r} has more than dtype, shape and data_offsets")
-    dtype = fields[b"dtype"][0].decode()
+    a, text_a, list_a, b, text_b, list_b, c, text_c, list_c = entry.groups() if entry else [None] * 9
+    fields = {a: text_a or list_a, b: text_b or list_b, c: text_c or list_c}
+    if len(fields) != 3:
+        raise ValueError(f"{name!r} lacks its dtype, shape or data_offsets, or has more than these")
+    dtype, shape, offsets = fields[b"dtype"].decode(), fields[b"shape"], fields[b"data_offsets"]
     if dtype not in ITEM_BYTES:
         raise ValueError(f"{name!r} is of an unknown type {dtype}")
     try:
-        shape, place = (tuple(map(int, numbers.split(b","))) if numbers.strip() else ()
-                        for _, numbers in (fields[b"shape"], fields[b"data_offsets"]))
-        begin, end = place
-        if min((*shape, begin, end)) < 0 or max((*shape, end)) > 2**48 or len(shape) > MAX_AXES:
+        numbers = [*map(int, shape.split(b","))] if shape.strip() else []
+        begin, end = map(int, offsets.split(b","))
+        if not 0 <= min(begin, end, *numbers) <= max(begin, end, *numbers) <= 2**48 or len(numbers) > MAX_AXES:
             raise ValueError
     except ValueError:
         raise ValueError(f"shape or offsets of {name!r} are not whole numbers of a sane size") from None
     scan.at = entry.end()
-    return dtype, shape, begin, end
+    return dtype, tuple(numbers), begin, end
 
 
 class _Scan:
@@ -166,11 +162,9 @@ class _Scan:
 
     def took(self, char: bytes) -> bool:
         """Go past this character and the space around it, if it is next."""
-        here = _SPACE.match(self.data, self.at).end()
-        if self.data[here:here + 1] != char:
-            return False
-        self.at = _SPACE.match(self.data, here + 1).end()
-        return True
+        if found := _MARKS[char].match(self.data, self.at):
+            self.at = found.end()
+        return found is not None
 
     def names(self, most: int) -> Iterator[str]:
         """The names of an object whose brace was taken; before the next is asked for, the value is to be gone past."""
@@ -187,6 +181,10 @@ class _Scan:
     def text(self, most: int) -> str:
         """The string that is next, of at most so many bytes."""
         begin, end = self.at, self.at + 1
+        quoted = _QUOTED.match(self.data, begin, begin + most + 2)
+        if quoted and b"\\" not in quoted[1] and (plain := quoted[1].decode()).isprintable():     # as nearly all are
+            self.at = quoted.end()
+            return plain
         if self.data[begin:end] != b'"':
             raise ValueError(f"Expecting a text in quotes at byte {begin} of its header")
         while (further := _INSIDE.match(self.data, end, begin + most + 2).end()) > end:

@@ -112,7 +112,7 @@ MISFITS = {
     "cut": ({"a": entry(0, 8)}, 4, "end at byte"),
     "wrong size": ({"a": entry(0, 8, shape=[3])}, 8, "not F32"),
     "negative": ({"a": entry(0, 8, shape=[-1, -2])}, 8, "whole numbers"),
-    "no dtype": ({"a": {"shape": [1], "data_offsets": [0, 4]}}, 4, "lacks 'dtype'"),
+    "no dtype": ({"a": {"shape": [1], "data_offsets": [0, 4]}}, 4, "'a' lacks its dtype"),
     "an entry that is none": ({"a": 3}, 0, ""),
     "metadata": ({"__metadata__": {"a": 1}}, 0, "pairs of texts"),
 }
@@ -215,7 +215,7 @@ def test_hostile_headers_are_read_or_refused_in_one_line():
 
 @pytest.mark.parametrize("dtype", ["F4", "C64", "f32", ""])
 def test_a_type_that_no_adapter_has_is_told(tmp_path, dtype):
-    with pytest.raises(FinetuneError, match="unknown type|lacks 'dtype'"):
+    with pytest.raises(FinetuneError, match="unknown type|lacks its dtype"):
         read_header(file_of(tmp_path / "x", {"a": entry(0, 0, dtype, [0])}))
 
 
