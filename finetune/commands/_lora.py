@@ -12,7 +12,7 @@ from finetune import registry
 from finetune.artifact import WHOLE, Artifact, modules, read_header
 from finetune.commands import _base
 from finetune.errors import FinetuneError
-from finetune.formats.base import identify
+from finetune.formats._identify import identify
 
 if TYPE_CHECKING:  # it costs an import of torch
     from finetune.lowrank import Cut, LowRank

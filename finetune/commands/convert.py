@@ -5,6 +5,7 @@ from pathlib import Path
 from finetune import registry
 from finetune.commands._lora import new_file
 from finetune.formats import base as formats
+from finetune.formats._identify import family_of
 
 
 def add_arguments(parser) -> None:
@@ -17,7 +18,7 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     registry.check("formats", args.to)
     new_file(args.out)
-    spec = registry.find("families", formats.family_of(args.file, args.family)).SPEC
+    spec = registry.find("families", family_of(args.file, args.family)).SPEC
     formats.save(formats.load(args.file, spec), args.out, args.to, spec)
     print(args.out)
     return 0

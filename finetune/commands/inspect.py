@@ -11,7 +11,7 @@ from pathlib import Path
 from finetune.artifact import MEASURED, read_header, weights_of
 from finetune.commands import _bars
 from finetune.errors import FinetuneError
-from finetune.formats.base import identify
+from finetune.formats._identify import identify
 
 LONGEST_VALUE = 2000  # characters of one metadata value on the screen; --json has them all
 

@@ -9,6 +9,7 @@ from finetune.commands import _base, _lora
 from finetune.errors import FinetuneError
 from finetune.formats import base as formats
 from finetune.formats import single_file
+from finetune.formats._identify import identify
 
 
 def add_arguments(parser) -> None:
@@ -86,7 +87,7 @@ def into_one(args, adapters: list[tuple[Path, float]], size) -> int:
     from finetune.lowrank import packed
 
     _lora.new_file(args.out)
-    families = {path: formats.identify(read_header(path))["family"] or args.family for path, _ in adapters}
+    families = {path: identify(read_header(path))["family"] or args.family for path, _ in adapters}
     if len(set(families.values())) > 1:
         said = ", ".join(f"{path.name} is for {family}" for path, family in families.items())
         raise FinetuneError(f"--adapter: {said}; only adapters of one family can become one")

@@ -6,6 +6,7 @@ from finetune import registry
 from finetune.artifact import Artifact, read_header
 from finetune.commands import _lora
 from finetune.formats import base as formats
+from finetune.formats._identify import identify
 
 
 def add_arguments(parser) -> None:
@@ -22,7 +23,7 @@ def run(args) -> int:
 
     size = _lora.cut(args)
     _lora.new_file(args.out)
-    spec = registry.find("families", formats.identify(read_header(args.file))["family"] or args.family).SPEC
+    spec = registry.find("families", identify(read_header(args.file))["family"] or args.family).SPEC
     before = formats.load(args.file, spec)
     tensors, found = packed(_lora.summed([(args.file, before, 1.0)], size), _lora.dtype(args.dtype, [before]))
     kept = {key: value for key, value in before.metadata.items() if key != "ss_network_args"}     # true no more

@@ -6,7 +6,7 @@ from finetune import registry
 from finetune.artifact import weights_of
 from finetune.commands import _base
 from finetune.errors import FinetuneError
-from finetune.formats import base as formats
+from finetune.formats._identify import family_of
 
 
 def add_arguments(parser) -> None:
@@ -28,7 +28,7 @@ def run(args) -> int:
 
     if not (file := weights_of(args.file)).is_file():
         raise FinetuneError(f"{args.file}: there is no such file")
-    module = registry.find("families", formats.family_of(file, args.family))
+    module = registry.find("families", family_of(file, args.family))
     changes = _base.changes(args)
     if args.base:
         checks = verify.verify(args.file, module.load(args.base, torch.float32, args.revision, args.variant, changes))

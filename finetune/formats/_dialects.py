@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from finetune.artifact import published
+from finetune.artifact import Header, published
 from finetune.errors import FinetuneError
 from finetune.families._original import RESNET, moved, unet_places
 from finetune.formats import _joint
@@ -90,6 +90,13 @@ def place(name: str) -> str | None:
     component = said if not path or said not in (None, "unet") else \
         next((component for component, pattern in CONTENT.items() if re.match(pattern, path)), said)
     return f"{component}.{path}.{NORMS.get(end.lastgroup, end.lastgroup)}" if path and component else None
+
+
+def plain(header: Header) -> Header:
+    """The header of the same file under the names of `_dialects`."""
+    names = {name: place(name) or name for name in header.tensors}
+    return Header({names[name]: facts for name, facts in header.tensors.items()}, header.metadata,
+                  {names.get(name, name): value for name, value in header.scalars.items()})
 
 
 def dotted(flat: str) -> str | None:

@@ -10,7 +10,9 @@ from finetune.artifact import Artifact, Header, fold_alpha, modules
 from finetune.families._vae import is_vae
 from finetune.formats import _tokens
 from finetune.formats._dialects import FLAT, place
-from finetune.formats.base import CONTROL, DIFFUSERS_METADATA, bare, common_metadata, number, rank_and_alpha
+from finetune.formats._configs import DIFFUSERS_METADATA
+from finetune.formats._identify import number
+from finetune.formats.base import CONTROL, bare, common_metadata, rank_and_alpha
 from finetune.formats.base import decode  # noqa: F401, it reads what any tool has written
 
 if TYPE_CHECKING:  # both cost an import of torch

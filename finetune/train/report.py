@@ -19,7 +19,7 @@ from finetune.artifact import MEASURED, read_header
 from finetune.data import pictures
 from finetune.disk import read_json, write_text, writing
 from finetune.errors import FinetuneError
-from finetune.formats.base import identify
+from finetune.formats._identify import identify
 from finetune.recipe import Recipe, dump, load
 from finetune.recipe.resolved import leaves
 from finetune.runfolder import RunFolder

@@ -30,7 +30,8 @@ from finetune.families import base as families
 from finetune.families._altered import leave_out
 from finetune.formats import base as formats
 from finetune.formats import _consumers as consumers
-from finetune.formats import kohya, single_file
+from finetune.formats import _tokens, kohya, single_file
+from finetune.formats._identify import contradictions
 from finetune.terminal import folded
 from finetune.train.preview import resting
 from finetune.train.sampling import worded
@@ -97,7 +98,7 @@ def alone(path: Path, spec) -> tuple[Artifact | None, list[Check]]:
 
     Raises FinetuneError when it is no adapter, or none of this family."""
     header = read_header(path)
-    if lies := formats.contradictions(header):
+    if lies := contradictions(header):
         return None, [Check("metadata", False, "; ".join(lies))]
     artifact = formats.load(path, spec)
     return artifact, [Check("metadata", True, "as its tensors"), *numbers(artifact)]
@@ -168,7 +169,7 @@ def by_controlnet(path: Path, artifact: Artifact, family, expected: dict[float, 
 def prompted(path: Path, artifact: Artifact, family, expected: dict[float, Tensor] | None) -> list[Check]:
     """A learned token: how long its rows are, that they are not where they began, and what diffusers makes of the file.
     `expected` are the encoder's states with the rows as they began, at 0, and as they are, at 1."""
-    token, rows = formats.token(path), formats.rows(artifact)
+    token, rows = _tokens.token(path), _tokens.rows(artifact)
     if not expected:
         with tokens.added(family, {token: rows}):
             expected = {1.0: states(family, token)}
@@ -201,7 +202,7 @@ def by_textual_inversion(path: Path, token: str, family) -> Tensor:
     loader.hf_device_map, loader.components = None, {}      # as of a pipeline: that of SD 3 has no such loader
     plain = family.learned.tokenizers if family.learned else family.tokenizers
     encoders = {part: family.parts[part] for part in tokens.text_parts(family)}
-    files = {part: {token: rows} for part, rows in formats.rows(formats.load(path, spec)).items()} if len(encoders) > 1 else {
+    files = {part: {token: rows} for part, rows in _tokens.rows(formats.load(path, spec)).items()} if len(encoders) > 1 else {
         "text": str(path)}
     before = {part: (encoder.get_input_embeddings(), encoder.config.vocab_size) for part, encoder in encoders.items()}
     try:

@@ -13,6 +13,7 @@ from finetune.cli import main
 from finetune.families import _single
 from finetune.families import base as families
 from finetune.formats import base as formats
+from finetune.formats._identify import identify
 
 SD1 = registry.find("families", "sd1")
 TO_K = "denoiser.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -159,7 +160,7 @@ def test_resize_keeps_the_format_and_what_the_file_says(tiny, tmp_path, capsys, 
         assert lost["two"][stem] == pytest.approx((s[2:].norm() / s.norm()).item(), rel=1e-4, abs=1e-6)       # Eckart & Young
         assert lost["most"][stem] <= (1 - 0.9 ** 2) ** 0.5
     header = read_header(files["two"])
-    facts = formats.identify(header)
+    facts = identify(header)
     assert facts["format"] == form and facts["ranks"] == [2] and header.metadata["ss_steps"] == "9"
     data = files["two"].read_bytes()
     own = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()      # as A1111 and sd-scripts have it

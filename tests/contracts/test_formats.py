@@ -9,6 +9,7 @@ from finetune import registry
 from finetune.artifact import Artifact, modules, read_header
 from finetune.change import core
 from finetune.formats import base
+from finetune.formats._identify import identify
 
 SPEC = registry.find("families", "sd1").SPEC
 FORMATS = [name for name in registry.names("formats") if "lora" in registry.find("formats", name).KINDS]
@@ -86,7 +87,7 @@ def test_only_this_format_claims_its_files_and_the_header_says_what_they_are(par
     base.save(adapter(parts), tmp_path / "x.safetensors", name, SPEC)
     header = read_header(tmp_path / "x.safetensors")
     assert [other for other in FORMATS if registry.find("formats", other).reads(header)] == [name]
-    facts = base.identify(header)
+    facts = identify(header)
     assert (facts["kind"], facts["format"], facts["family"]) == ("lora", name, "sd1")
     assert facts["ranks"] == [3, 4] and facts["alphas"] == [2]
     assert facts["modules"]["text"] == 6

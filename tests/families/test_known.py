@@ -15,7 +15,7 @@ from finetune.artifact import Header, modules
 from finetune.families import _original
 from finetune.families.base import CLIP_TARGETS
 from finetune.formats import _joint
-from finetune.formats.base import identify
+from finetune.formats._identify import identify
 from finetune.formats._dialects import dotted, from_ldm, to_sgm
 from finetune.methods._targets import Part, resolve
 

@@ -14,6 +14,8 @@ from finetune.change import change
 from finetune.cli import main
 from finetune.errors import FinetuneError
 from finetune.formats import _dialects, base
+from finetune.formats._configs import DIFFUSERS_METADATA, peft_configs
+from finetune.formats._identify import identify
 
 SPEC = registry.find("families", "sd1").SPEC
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
@@ -99,7 +101,7 @@ DIALECTS = [(name, make, True) for name, make in WITH_ALPHA.items()] + [
 def test_every_dialect_loads_and_converts_to_the_same_adapter(tmp_path, make, alphas, target):
     artifact = adapter(alpha=1.5 if alphas else 4.0)
     save_file(written(artifact, make), tmp_path / "x.safetensors")
-    facts = base.identify(base.read_header(tmp_path / "x.safetensors"))
+    facts = identify(base.read_header(tmp_path / "x.safetensors"))
     assert facts["kind"] == "lora" and facts["modules"] == {"denoiser": len(UNET), "text": len(TEXT)}
     assert main(["convert", str(tmp_path / "x.safetensors"), "--to", target, "--out", str(tmp_path / "y.safetensors")]) == 0
     for file in "xy":
@@ -190,9 +192,9 @@ def test_every_dialect_of_the_larger_families(tmp_path, family, is_flat, prefixe
 
 def test_sd3_is_known_by_its_width(tmp_path):
     save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1, 1536)}, tmp_path / "x")
-    assert base.identify(base.read_header(tmp_path / "x"))["family"] == "sd3"
+    assert identify(base.read_header(tmp_path / "x"))["family"] == "sd3"
     save_file({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(1, 3072)}, tmp_path / "x")     # FLUX
-    assert base.identify(base.read_header(tmp_path / "x"))["family"] is None
+    assert identify(base.read_header(tmp_path / "x"))["family"] is None
 
 
 def test_the_first_attention_processors_of_diffusers(tmp_path):
@@ -278,4 +280,4 @@ def test_a_pattern_of_the_metadata_cannot_take_for_ever():
     config = json.dumps({"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}})
     for pattern in ("(a+)+$", "a*a*a*a*b"):
         with pytest.raises(FinetuneError, match="pattern"):
-            base.peft_configs({base.DIFFUSERS_METADATA: config.replace("(a+)+$", pattern)})
+            peft_configs({DIFFUSERS_METADATA: config.replace("(a+)+$", pattern)})

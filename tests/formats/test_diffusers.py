@@ -5,7 +5,8 @@ import torch
 
 from finetune import registry
 from finetune.errors import FinetuneError
-from finetune.formats import base, diffusers
+from finetune.formats import diffusers
+from finetune.formats._configs import peft_configs
 
 SPEC = registry.find("families", "sd1").SPEC
 TO_K = "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k"
@@ -74,4 +75,4 @@ def test_senseless_metadata_are_told(text):
     with pytest.raises(FinetuneError, match="lora_adapter_metadata is not what diffusers writes"):
         diffusers.decode(pair(f"unet.{TO_K}"), {"lora_adapter_metadata": text}, SPEC)
     with pytest.raises(FinetuneError):
-        base.peft_configs({"lora_adapter_metadata": text})
+        peft_configs({"lora_adapter_metadata": text})

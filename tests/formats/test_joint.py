@@ -10,6 +10,7 @@ from finetune.change import core
 from finetune.errors import FinetuneError
 from finetune.families import _original
 from finetune.formats import _joint, base, kohya
+from finetune.formats._identify import identify
 
 SPEC = registry.find("families", "sd3").SPEC
 WIDTH = 12
@@ -50,7 +51,7 @@ def test_a_round_trip_is_bit_for_bit(layers, tmp_path, alpha, dtype):
         found = back(tmp_path, artifact)
         assert found.keys() == artifact.tensors.keys()
         assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in artifact.tensors.items())
-    assert base.identify(base.read_header(tmp_path / "x.safetensors"))["modules"] == {"denoiser": len(layers)}
+    assert identify(base.read_header(tmp_path / "x.safetensors"))["modules"] == {"denoiser": len(layers)}
 
 
 def test_the_file_holds_the_same_change_under_the_original_names(layers):

@@ -7,6 +7,7 @@ from finetune import registry
 from finetune.artifact import Artifact, Header, write_safetensors
 from finetune.errors import FinetuneError
 from finetune.formats import base, kohya
+from finetune.formats._identify import identify
 from finetune.formats._dialects import dotted
 
 SPEC = registry.find("families", "sd1").SPEC
@@ -137,14 +138,14 @@ def test_identify_by_width_and_by_metadata():
         module = f"lora_unet_{TO_K}"
         return Header({f"{module}.lora_down.weight": ("F16", (4, width))}, metadata, {f"{module}.alpha": 2.0})
 
-    assert base.identify(header(768)) == {
+    assert identify(header(768)) == {
         "kind": "lora", "format": "kohya", "family": "sd1",
         "ranks": [4], "alphas": [2], "modules": {"denoiser": 1},
     }
-    assert base.identify(header(2048))["family"] == "sdxl"
-    assert base.identify(header(64))["family"] is None
-    assert base.identify(header(64, ss_base_model_version="sd_v2_768_v"))["family"] == "sd2"
-    assert base.identify(header(1024, **{"finetune.family": "sd1"}))["family"] == "sd1"
+    assert identify(header(2048))["family"] == "sdxl"
+    assert identify(header(64))["family"] is None
+    assert identify(header(64, ss_base_model_version="sd_v2_768_v"))["family"] == "sd2"
+    assert identify(header(1024, **{"finetune.family": "sd1"}))["family"] == "sd1"
 
 
 @pytest.mark.parametrize("name, kind", [
@@ -156,7 +157,7 @@ def test_identify_by_width_and_by_metadata():
     ("anything", None),
 ])
 def test_identify_what_is_no_lora(name, kind):
-    assert base.identify(Header({name: ("F32", (4, 4))}, {}, {}))["kind"] == kind
+    assert identify(Header({name: ("F32", (4, 4))}, {}, {}))["kind"] == kind
 
 
 def test_load_tells_an_adapter_of_another_family(tmp_path):

@@ -7,6 +7,7 @@ from finetune import registry, tokens
 from finetune.artifact import Artifact, read_header
 from finetune.errors import FinetuneError
 from finetune.formats import base as formats
+from finetune.formats._identify import identify
 
 ROWS = {"sks-dog": {"text": torch.full((3, 128), 0.1)}, "sks-hut": {"text": torch.full((1, 128), 0.2)}}
 
@@ -59,7 +60,7 @@ def test_files_hold_one_tensor_and_are_known_again(family, tmp_path, form, key):
     path = tmp_path / f"sks-dog.{form}.safetensors"
     formats.save(artifact, path, form, family.spec)
     header = read_header(path)
-    facts = formats.identify(header)
+    facts = identify(header)
     assert list(header.tensors) == [key] and (facts["kind"], facts["format"], facts["family"]) == ("embedding", form, "sd1")
     back = formats.load(path, family.spec)
     assert back.metadata["ss_output_name"] == formats.token(path) == "sks-dog"

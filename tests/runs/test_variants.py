@@ -5,7 +5,7 @@ import json
 import pytest
 
 from finetune.artifact import read_header
-from finetune.formats.base import identify
+from finetune.formats._identify import identify
 
 SHAPES = {"lora": {}, "rslora": {}, "dora": {"rank_dropout": 0.2}, "loha": {}, "lokr": {"text": {}}, "oft": {"text": {}}}
 
