@@ -26,6 +26,7 @@ from finetune.change import change
 from finetune.families import _merging, _original
 from finetune.families import base as families
 from finetune.families._identify import LAYOUTS
+from finetune.families._source import quiet
 from finetune.formats import base as formats
 from finetune.formats import single_file
 from finetune.formats._consumers import receipt
@@ -285,7 +286,7 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--base", required=True)
     args = parser.parse_args()
-    families.quiet()
+    quiet()
     sys.path.insert(0, str(args.source.resolve()))
     family = registry.find("families", "sd1").load(args.base, torch.float32)
     with torch.no_grad():

@@ -18,7 +18,8 @@ import torch
 from finetune.artifact import published, write_safetensors
 from finetune.families import _original, _single
 from finetune.families._quantized import quantize
-from finetune.families.base import DTYPES, Source, quiet
+from finetune.families._source import Source, quiet
+from finetune.families.base import DTYPES
 
 CONFIGS = Path(_single.ASSETS) / "configs"
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")

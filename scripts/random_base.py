@@ -21,7 +21,8 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     import transformers
 
     from finetune.families._single import clip_tokenizer
-    from finetune.families.base import publish_text_encoder, quiet
+    from finetune.families._source import quiet
+    from finetune.families.base import publish_text_encoder
 
     quiet()
     configs = json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8"))

@@ -105,7 +105,8 @@ def build_member(name: str, folder: Path) -> Path:
     import torch
     import transformers
 
-    from finetune.families.base import publish_text_encoder, quiet
+    from finetune.families._source import quiet
+    from finetune.families.base import publish_text_encoder
 
     quiet()
     parts = json.loads((ROOT / "finetune" / "assets" / "configs" / f"{name}.json").read_text())

@@ -39,7 +39,7 @@ def clip_skip_argument(parser) -> None:
 
 def changes(args):
     """What the words want to be otherwise about the base. FinetuneError for words about a base where there is none."""
-    from finetune.families.base import Changes
+    from finetune.families._source import Changes
 
     skip = getattr(args, "clip_skip", 1)
     if skip < 1:

@@ -26,15 +26,15 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    from finetune.families import base as families
+    from finetune.families._source import check_family, locate
     from finetune.lowrank import differences, error, packed
 
     size, target, spec = _lora.cut(args), dtype(args.dtype), registry.find("families", args.family).SPEC
     _lora.new_file(args.out)
     formats.check_kind(args.to, "lora")
-    sources = [families.locate(path) for path in (args.base, args.tuned)]
+    sources = [locate(path) for path in (args.base, args.tuned)]
     for source in sources:
-        families.check_family(source, spec, registry.names("families"))
+        check_family(source, spec.name, registry.names("families"))
     found, other = differences(pairs(*sources, spec), lambda stem: not stem.endswith(TABLES), size)
     tensors, found = packed(found, target)
     metadata = {"ss_output_name": args.out.stem, "modelspec.title": args.out.stem, "ss_sd_model_name": sources[0].name,
@@ -66,9 +66,8 @@ def pairs(base, tuned, spec):
 
 def readers(source, component: str) -> dict:
     """{name of a tensor: what reads it} of a component in a file, in a folder or on the hub, in its widest variant."""
-
     from finetune.families import _single
-    from finetune.families.base import Unreachable
+    from finetune.families._source import Unreachable
 
     if isinstance(source, _single.SingleFile):
         return _single.each(source, component)

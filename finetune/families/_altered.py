@@ -15,7 +15,8 @@ from finetune.header import read_header
 from finetune.families import _single
 from finetune.families._identify import identify
 from finetune.families._quantized import quantize
-from finetune.families.base import Changes, FamilySpec, Source, check_family, locate
+from finetune.families._source import Changes, Source, check_family, locate
+from finetune.families.base import FamilySpec
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Altered:
 def opened(spec: FamilySpec, path: str, revision: str | None, variant: str | None, changes: Changes) -> Source | Altered:
     """The source of a family's base with these changes. Raises FinetuneError for one of another family, and as `altered`."""
     source = locate(path, revision, variant)
-    check_family(source, spec, registry.names("families"))
+    check_family(source, spec.name, registry.names("families"))
     return altered(source, spec, changes)
 
 

@@ -19,7 +19,7 @@ from finetune.artifact import Header, published, read_header
 from finetune.errors import FinetuneError
 from finetune.families import _original
 from finetune.families._identify import LAYOUTS, Known, Place, identify
-from finetune.families.base import Changes, Source
+from finetune.families._source import Changes, Source
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -15,7 +15,8 @@ from finetune.diffusion.path import PREDICTIONS, Discrete, ddpm
 from finetune.errors import FinetuneError
 from finetune.families import _beside, _clip, _control, _latents
 from finetune.families._altered import check_widths, opened
-from finetune.families.base import Changes, FamilySpec, Source, save, sketch, tokenizer, vocabulary
+from finetune.families._source import Changes, Source
+from finetune.families.base import FamilySpec, save, sketch, tokenizer, vocabulary
 from finetune.families._clip import Clip
 from finetune.tokens import Learned
 

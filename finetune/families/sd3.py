@@ -17,7 +17,8 @@ from finetune.errors import FinetuneError
 from finetune.families import _clip, _latents, base
 from finetune.families._clip import Clip
 from finetune.families._altered import check_widths, opened
-from finetune.families.base import Changes, FamilySpec, Source, save, sketch, tokenizer, vocabulary
+from finetune.families._source import Changes, Source
+from finetune.families.base import FamilySpec, save, sketch, tokenizer, vocabulary
 from finetune.tokens import Learned
 
 # Where text and picture meet; without patterns that not every version has: only 3.5 medium has an attn2, of the picture alone.

@@ -12,7 +12,7 @@ from PIL import Image
 
 from finetune import device
 from finetune.errors import FinetuneError
-from finetune.families import base as families
+from finetune.families._source import OWN_ATTENTION, UNUSABLE
 
 BATCH, SIDE = 16, 16
 
@@ -36,7 +36,7 @@ def refusing(path: str, advice: str) -> Iterator[None]:
     """Inside, what transformers makes of files that it cannot use is a FinetuneError."""
     try:
         yield
-    except families.UNUSABLE as e:
+    except UNUSABLE as e:
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise FinetuneError(f"{path}: cannot be used: {why}\n    {advice}") from None
 
@@ -50,7 +50,7 @@ def opened(kind, path: str, dtype: torch.dtype | str) -> torch.nn.Module:
     transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(path)
     parts = config, *(getattr(config, name, config) for name in config.sub_configs)
-    if other := [part._attn_implementation for part in parts if part._attn_implementation not in families.OWN_ATTENTION]:
+    if other := [part._attn_implementation for part in parts if part._attn_implementation not in OWN_ATTENTION]:
         raise ValueError(f"its config asks for the attention {other[0]!r}, which is code from elsewhere")
     if any(getattr(part, "quantization_config", None) is not None for part in parts):
         raise ValueError("its quantization_config chooses code from elsewhere; take the model that is not quantized")

@@ -23,6 +23,7 @@ from finetune.data.split import split
 from finetune.data.tables import Note
 from finetune.errors import FinetuneError
 from finetune.families import base as families
+from finetune.families._source import Changes
 from finetune.formats import base as formats
 from finetune.recipe import Recipe
 from finetune.recipe.data import Images
@@ -87,10 +88,10 @@ def base(recipe: Recipe):
     return family
 
 
-def changes(recipe: Recipe) -> families.Changes:
+def changes(recipe: Recipe) -> Changes:
     """What the words of the base want to be otherwise."""
     base = recipe.base
-    return families.Changes(base.parts, base.clip_skip, base.quantize, base.prediction, base.zero_snr)
+    return Changes(base.parts, base.clip_skip, base.quantize, base.prediction, base.zero_snr)
 
 
 def shown(recipe: Recipe, family) -> str | None:

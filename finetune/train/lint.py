@@ -19,7 +19,7 @@ from finetune.data.loader import Stream
 from finetune.data.split import split
 from finetune.data.tables import Note
 from finetune.errors import FinetuneError
-from finetune.families.base import Unreachable
+from finetune.families._source import Unreachable
 from finetune.recipe import Recipe
 from finetune.train import ground
 from finetune.train.learned import check_said

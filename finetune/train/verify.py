@@ -28,6 +28,7 @@ from finetune.errors import FinetuneError
 from finetune.families import _control
 from finetune.families import base as families
 from finetune.families._altered import leave_out
+from finetune.families._source import Changes, json_object
 from finetune.formats import base as formats
 from finetune.formats import _consumers as consumers
 from finetune.formats import _tokens, kohya, single_file
@@ -156,7 +157,7 @@ def by_controlnet(path: Path, artifact: Artifact, family, expected: dict[float, 
         with _control.added(family, [(artifact.tensors, strength)]):
             wanted = expected[strength] if expected else probe(family)
             try:
-                families.json_object(str(path.parent), "config.json", None)      # is looked through
+                json_object(str(path.parent), "config.json", None)      # is looked through
                 read = diffusers.ControlNetModel.from_pretrained(path.parent, use_safetensors=True)
             except (FinetuneError, OSError, ValueError, RuntimeError) as e:
                 return [*checks, Check("diffusers", False, f"its loader refuses the file: {str(e).splitlines()[0]}")]
@@ -237,7 +238,7 @@ def reloaded(path: Path, family, expected: dict[float, Tensor]) -> Check:
     device, dtype = expected[1.0].device, next(family.parts["denoiser"].parameters()).dtype
     skip = family.source.changes.clip_skip
     if path.is_dir():
-        again = registry.find("families", family.spec.name).load(str(path), dtype, changes=families.Changes(clip_skip=skip))
+        again = registry.find("families", family.spec.name).load(str(path), dtype, changes=Changes(clip_skip=skip))
     else:       # its own config may be none of the published ones
         again = copy.copy(family)
         again.parts = single_file.read(path, family)

@@ -44,7 +44,7 @@ def watch(event: str, details: tuple) -> None:
 
 def commands(place: Path) -> dict[str, list[str]]:
     """Name → command line."""
-    from finetune.families.base import TINY
+    from finetune.families._source import TINY
 
     given = recipe(place / "given", "lora")
     payload = pickle.dumps(Evil(place / "fired"))

@@ -8,7 +8,7 @@ import torch
 from finetune.cli import main
 from finetune.data.index import build
 from finetune.data.pictures import Reading
-from finetune.families.base import TINY
+from finetune.families._source import TINY
 from finetune.recipe.data import Images
 
 

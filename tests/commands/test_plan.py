@@ -36,7 +36,7 @@ def test_what_is_dear_to_compute_is_kept(recipe):
 
 def test_few_bits_are_planned_as_they_are_loaded(recipe):
     from finetune.families import sd1
-    from finetune.families.base import Changes
+    from finetune.families._source import Changes
     from finetune.recipe import load
     from finetune.train.plan import needs, size
 

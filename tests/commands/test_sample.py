@@ -10,7 +10,7 @@ from PIL import Image
 from finetune import registry
 from finetune.artifact import Artifact, write_safetensors
 from finetune.cli import main
-from finetune.families.base import TINY
+from finetune.families._source import TINY
 from finetune.formats import base as formats
 
 PATH = "denoiser.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v"

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from finetune import registry
 from finetune.cli import main
-from finetune.families.base import TINY, kind_of, locate
+from finetune.families._source import TINY, kind_of, locate
 from finetune.train import sampling
 from finetune.train.jobs import Job
 

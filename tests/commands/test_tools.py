@@ -12,6 +12,7 @@ from finetune.change import core
 from finetune.cli import main
 from finetune.families import _single
 from finetune.families import base as families
+from finetune.families._source import locate
 from finetune.formats import base as formats
 from finetune.formats._identify import identify
 
@@ -210,7 +211,7 @@ def test_extract_finds_what_was_merged(tiny, tmp_path, capsys):
 
 def test_extract_between_single_files(tiny, tmp_path, monkeypatch, capsys):
     """Of the tiny base, whose config is no published one."""
-    base = families.locate("tiny")
+    base = locate("tiny")
     known = {"model_index": base.index, "scheduler": {}}
     known |= {name: base.config(name) for name in ("unet", "text_encoder", "vae")}
     monkeypatch.setattr(_single, "configs", lambda found: known)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.families.base import TINY
+from finetune.families._source import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 6.0     # GiB of memory, all pages of mapped files counted

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune import registry
 from finetune.cli import main
-from finetune.families.base import TINY
+from finetune.families._source import TINY
 
 MEMBERS = {"sd15-inpainting": ("sd1", "hole"), "x4-upscaler": ("upscaler", "small")}
 

@@ -13,7 +13,7 @@ from finetune.data.loader import Encoded
 from finetune.diffusion import noise
 from finetune.diffusion.weights import weighting
 from finetune.errors import FinetuneError
-from finetune.families.base import kind_of, locate
+from finetune.families._source import kind_of, locate
 from finetune.objectives.denoise import Denoise
 
 MEMBERS = ["tiny", "sd15", "sd21-base", "sd21", "sdxl", "sd3-medium", "sd35-medium", "x4-upscaler"]

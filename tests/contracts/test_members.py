@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from finetune import registry
 from finetune.cli import main
 from finetune.families import _single
-from finetune.families.base import TINY, kind_of, locate
+from finetune.families._source import TINY, kind_of, locate
 from finetune.formats import single_file
 
 LORA = "{kind: lora, rank: 2, alpha: 3, targets: [%s], text: {targets: [all]}}"

@@ -15,7 +15,7 @@ from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.families import sd1, sd3, sdxl
 from finetune.families._altered import altered
-from finetune.families.base import TINY, Changes, locate
+from finetune.families._source import TINY, Changes, locate
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.families import sd1
-from finetune.families.base import TINY, Parts, fingerprint, locate
+from finetune.families._source import TINY, check_family, locate
+from finetune.families.base import Parts, fingerprint
 
 WEIGHTS = {"unet": "unet/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors",
            "text_encoder": "text_encoder/model.safetensors"}
@@ -104,7 +105,7 @@ def test_another_familys_pipeline_is_named(base, name, family):
 def test_a_family_that_is_known_is_recommended(base):
     edit(base / "model_index.json", _class_name="StableDiffusionXLPipeline")
     with pytest.raises(FinetuneError, match="use family: sdxl"):
-        families.check_family(locate(str(base)), sd1.SPEC, ["sd1", "sdxl"])
+        check_family(locate(str(base)), sd1.SPEC.name, ["sd1", "sdxl"])
 
 
 @pytest.mark.parametrize("fields, what", [({"cross_attention_dim": 1024}, "use family: sd2"), ({"in_channels": 5}, "depth")])

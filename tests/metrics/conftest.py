@@ -1,6 +1,6 @@
 import pytest
 
-from finetune.families.base import TINY
+from finetune.families._source import TINY
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from collections import namedtuple
 
 import pytest
 
-from finetune.families.base import TINY
+from finetune.families._source import TINY
 
 
 def settings(**values) -> list[str]:

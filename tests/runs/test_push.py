@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from finetune.cli import main
-from finetune.families.base import TINY
+from finetune.families._source import TINY
 from finetune.recipe import load
 from finetune.train.card import hub_id
 

@@ -10,7 +10,7 @@ from torch import nn
 from finetune.families import base as families
 from finetune.families import sd1
 from finetune.families._quantized import QuantizedConv2d, QuantizedLinear, quantize
-from finetune.families.base import Changes
+from finetune.families._source import Changes
 
 LORA = "method={kind: lora, rank: 2, dropout: 0.1, text: {targets: [all]}}"
 TWO = ["--set", "train.max_steps=2", "--set", "every.checkpoint=1", "--set", "every.log=1"]

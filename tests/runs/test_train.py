@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.artifact import read_tensors, write_safetensors
-from finetune.families.base import TINY
+from finetune.families._source import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 
