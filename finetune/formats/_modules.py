@@ -60,7 +60,7 @@ def settle(stem: str, found: Mapping[str, Tensor], alpha: Callable[[int], float]
         if more := sorted(t.keys() - {*wanted, "alpha", "dora_scale", "diff_b"}):
             raise FinetuneError(f"{stem} has {', '.join(more)} beside {', '.join(wanted)}: which change is meant?")
         rank = (t.get("lora_A", t.get("hada_w1_b", t[wanted[0]])).shape or (0,))[0]
-        given = torch.as_tensor(t.pop("alpha", alpha(rank)), dtype=torch.float32)
+        given = torch.as_tensor(t.pop("alpha") if "alpha" in t else alpha(rank), dtype=torch.float32)
         if given.numel() != 1:
             raise FinetuneError(f"{stem}.alpha is not one number but {tuple(given.shape)}")
         given = given.reshape(())

@@ -21,7 +21,7 @@ from finetune.artifact import (
 from finetune.errors import FinetuneError
 from finetune.families._vae import from_ldm, is_vae, to_ldm
 from finetune.formats import _tokens
-from finetune.formats._configs import DIFFUSERS_METADATA, alpha_of, beside, peft_configs
+from finetune.formats._configs import DIFFUSERS_METADATA, alphas_of, beside, peft_configs
 from finetune.formats._dialects import place, translated
 from finetune.formats._identify import identify, number
 from finetune.formats._modules import kind_of, settle
@@ -102,9 +102,10 @@ def gather(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: Fam
     if lost:
         raise FinetuneError(f"{_some(lost)}: no name of an adapter for {spec.name}")
     configs, result = peft_configs(metadata), {}
+    alphas = {component: alphas_of(configs.get(component, {})) for component in parts}
     for (component, path), roles in modules(translated(tensors)).items():
         stem = f"{parts[component]}.{path}"
-        settled = settle(stem, roles, partial(alpha_of, configs.get(component, {}), path))
+        settled = settle(stem, roles, partial(alphas[component], path))
         result |= {f"{stem}.{role}": tensor for role, tensor in settled.items()}
     kept = {key: value for key, value in metadata.items() if key != DIFFUSERS_METADATA}
     return Artifact(kind_of(result), spec.name, fold_alpha(result), kept)

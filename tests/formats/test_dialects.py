@@ -3,6 +3,7 @@ files themselves, theirs are taken."""
 
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from finetune.change import change
 from finetune.cli import main
 from finetune.errors import FinetuneError
 from finetune.formats import _dialects, base
-from finetune.formats._configs import DIFFUSERS_METADATA, peft_configs
+from finetune.formats._configs import DIFFUSERS_METADATA, alphas_of, peft_configs
 from finetune.formats._identify import identify
 
 SPEC = registry.find("families", "sd1").SPEC
@@ -281,3 +282,8 @@ def test_a_pattern_of_the_metadata_cannot_take_for_ever():
     for pattern in ("(a+)+$", "a*a*a*a*b"):
         with pytest.raises(FinetuneError, match="pattern"):
             peft_configs({DIFFUSERS_METADATA: config.replace("(a+)+$", pattern)})
+    names, start = [f"{'a.' * 100}{i}" for i in range(500)], time.process_time()
+    patterns = {"unet.alpha_pattern": dict.fromkeys(names, 2) | {f"a.*a{i}": 3 for i in range(16)}}
+    alpha = alphas_of(peft_configs({DIFFUSERS_METADATA: json.dumps(patterns)})["unet"])
+    assert {alpha(name, 4) for name in names} == {2}
+    assert time.process_time() - start < 2

@@ -30,8 +30,10 @@ def alpha_of(artifact):
 def test_the_scale_comes_from_the_metadata():
     assert alpha_of(decoded(pair(f"unet.{TO_K}"))) == 4
     assert alpha_of(decoded(pair(f"unet.{TO_K}"), **{"unet.lora_alpha": 1})) == 1
-    pattern = {"unet.lora_alpha": 1, "unet.alpha_pattern": {"attn2.to_k": 3}}
-    assert alpha_of(decoded(pair(f"unet.{TO_K}"), **pattern)) == 3
+    # The first that matches the end, from a dot on, or with ^ the whole path.
+    for patterns in ({"attn2.to_k": 3}, {"n2.to_k": 2, f"^{TO_K}": 3, "to_k": 4}, {r"attn2\.to_k$": 3, ".*to_k": 4},
+                     {"to_q|attn.*to_k": 3, "to_k": 4}, {"n2.*k": 2, "^to_k": 2, ".*attn2.*to_k": 3}):
+        assert alpha_of(decoded(pair(f"unet.{TO_K}"), **{"unet.lora_alpha": 1, "unet.alpha_pattern": patterns})) == 3
     assert alpha_of(decoded(pair(f"unet.{TO_K}"), **{"unet.lora_alpha": 1, "unet.use_rslora": True})) == 2
 
 
@@ -69,7 +71,7 @@ def test_the_metadata_are_minimal_exact_and_for_every_component():
 
 @pytest.mark.parametrize("text", [
     "[]", "{", "[" * 10**5, '{"unet.lora_alpha": "x"}', '{"unet.lora_alpha": 1%s}' % ("0" * 400),
-    '{"unet.alpha_pattern": 3}', '{"unet.alpha_pattern": {"(": 1}}',
+    '{"unet.alpha_pattern": 3}', '{"unet.alpha_pattern": {"(": 1}}', '{"unet.alpha_pattern": {"%s": 1}}' % "|".join("a" * 17),
 ])
 def test_senseless_metadata_are_told(text):
     with pytest.raises(FinetuneError, match="lora_adapter_metadata is not what diffusers writes"):
