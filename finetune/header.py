@@ -35,7 +35,9 @@ _SPACE = rb"[ \t\r\n]*"
 _MARKS = {mark: re.compile(_SPACE + re.escape(mark) + _SPACE) for mark in (b"{", b"}", b":", b",")}
 _QUOTED = re.compile(rb'"([^"]*)"')
 _INSIDE = re.compile(rb'(?:[^"\\]+|\\.){0,4096}', re.S)     # of a string; bounded, since each step is remembered
-_VALUE = rb'(?:"([A-Za-z][A-Za-z0-9_]{0,15})"|\[([^]"{}]{0,300})\])'
+_NUMBER = rb"(?:0|-?[1-9][0-9]{0,19})" + _SPACE
+_NUMBERS = _SPACE + rb"(?:" + _NUMBER + rb"(?:," + _SPACE + _NUMBER + rb"){0,15})?"
+_VALUE = rb'(?:"([A-Za-z][A-Za-z0-9_]{0,15})"|\[(' + _NUMBERS + rb")\])"
 _FIELD = _SPACE.join((b"", rb'"(dtype|shape|data_offsets)"', b":", _VALUE, b""))
 _ENTRY = re.compile(rb"\{" + b",".join([_FIELD] * 3) + rb"\}")
 

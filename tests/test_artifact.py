@@ -135,6 +135,14 @@ def test_a_header_that_does_not_describe_its_file_is_told(tmp_path, name):
     assert why in str(error.value)
 
 
+@pytest.mark.parametrize("number", ["1_0", "+10", "010", "10-0", "\v10", "1e1", "1,", ""])
+def test_numbers_that_are_no_json_are_refused(tmp_path, number):
+    text = f'{{"a":{{"dtype":"U8","shape":[10],"data_offsets":[0,{number}]}}}}'.encode()
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text + bytes(10))
+    with pytest.raises(FinetuneError, match="'a' lacks its dtype, shape or data_offsets"):
+        read_header(tmp_path / "x")
+
+
 def test_a_name_that_stands_twice_is_told(tmp_path):
     one = json.dumps(entry(0, 4))
     with pytest.raises(FinetuneError, match="'a' stands in it twice"):

@@ -13,6 +13,7 @@ from finetune.artifact import WHOLE, Artifact, modules, read_header
 from finetune.commands import _base
 from finetune.errors import FinetuneError
 from finetune.formats._identify import identify
+from finetune.formats._tokens import token
 
 if TYPE_CHECKING:  # it costs an import of torch
     from finetune.lowrank import Cut, LowRank
@@ -51,6 +52,11 @@ def new_file(path: Path) -> None:
         raise FinetuneError(f"--out {path}: is there already; it is not overwritten")
     if path.suffix != ".safetensors" or not path.parent.is_dir():
         raise FinetuneError(f"--out {path}: a .safetensors file in an existing folder is needed")
+
+
+def titled(path: Path) -> dict[str, str]:
+    """What a file says that it is called: the name that web UIs know it by."""
+    return dict.fromkeys(("ss_output_name", "modelspec.title"), token(path))
 
 
 def dtype(name: str | None, adapters: list[Artifact]):

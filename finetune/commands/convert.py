@@ -1,9 +1,10 @@
 """Write an adapter in another format; what it does to the base stays the same."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from finetune import registry
-from finetune.commands._lora import new_file
+from finetune.commands._lora import new_file, titled
 from finetune.formats import base as formats
 from finetune.formats._identify import family_of
 
@@ -19,6 +20,9 @@ def run(args) -> int:
     registry.check("formats", args.to)
     new_file(args.out)
     spec = registry.find("families", family_of(args.file, args.family)).SPEC
-    formats.save(formats.load(args.file, spec), args.out, args.to, spec)
+    artifact = formats.load(args.file, spec)
+    if artifact.kind != "embedding":        # whose name is what a prompt says
+        artifact = replace(artifact, metadata=artifact.metadata | titled(args.out))
+    formats.save(artifact, args.out, args.to, spec)
     print(args.out)
     return 0

@@ -37,8 +37,9 @@ def run(args) -> int:
         check_family(source, spec.name, registry.names("families"))
     found, other = differences(pairs(*sources, spec), lambda stem: not stem.endswith(TABLES), size)
     tensors, found = packed(found, target)
-    metadata = {"ss_output_name": args.out.stem, "modelspec.title": args.out.stem, "ss_sd_model_name": sources[0].name,
-                "finetune.extracted": f"from {sources[1].name}; {error(found.values(), other):.1%} of the change is left out"}
+    metadata = _lora.titled(args.out) | {
+        "ss_sd_model_name": sources[0].name,
+        "finetune.extracted": f"from {sources[1].name}; {error(found.values(), other):.1%} of the change is left out"}
     formats.save(Artifact("lora", spec.name, tensors, metadata), args.out, args.to, spec)
     print(_lora.said(found, other, args.out, args.json, table=True))
     return 0

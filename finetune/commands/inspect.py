@@ -6,11 +6,13 @@ import math
 import shutil
 import textwrap
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from finetune.artifact import MEASURED, read_header, weights_of
 from finetune.commands import _bars
 from finetune.errors import FinetuneError
+from finetune.formats._configs import beside
 from finetune.formats._identify import identify
 
 LONGEST_VALUE = 2000  # characters of one metadata value on the screen; --json has them all
@@ -48,11 +50,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(path: Path) -> dict:
-    """Everything the header of a file says; torch is not imported."""
+    """Everything that the header of a file says, and peft's config beside it; torch is not imported."""
     path = weights_of(path)
     header = read_header(path)
     try:
-        facts = identify(header)
+        facts = identify(replace(header, metadata=header.metadata | beside(path, header)))
     except FinetuneError as error:
         raise FinetuneError(f"{path}: {error}") from error
     return {

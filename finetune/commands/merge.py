@@ -95,7 +95,7 @@ def into_one(args, adapters: list[tuple[Path, float]], size) -> int:
     loaded = [(path, formats.load(path, spec), strength) for path, strength in adapters]
     found = _lora.summed(loaded, size)
     tensors, found = packed(found, _lora.dtype(args.dtype, [artifact for _, artifact, _ in loaded]))
-    metadata = {"ss_output_name": args.out.stem, "modelspec.title": args.out.stem, "finetune.merged": _sum(adapters)}
+    metadata = _lora.titled(args.out) | {"finetune.merged": _sum(adapters)}
     bases = {artifact.metadata.get("ss_sd_model_name") for _, artifact, _ in loaded}
     if len(bases) == 1 and None not in bases:
         metadata["ss_sd_model_name"] = bases.pop()

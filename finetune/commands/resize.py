@@ -27,7 +27,7 @@ def run(args) -> int:
     before = formats.load(args.file, spec)
     tensors, found = packed(_lora.summed([(args.file, before, 1.0)], size), _lora.dtype(args.dtype, [before]))
     kept = {key: value for key, value in before.metadata.items() if key != "ss_network_args"}     # true no more
-    note = {"finetune.resized": f"from {args.file.name}; relative error {error(found.values()):.3g}"}
+    note = _lora.titled(args.out) | {"finetune.resized": f"from {args.file.name}; relative error {error(found.values()):.3g}"}
     formats.save(Artifact("lora", spec.name, tensors, kept | note), args.out, _lora.format_of(args.file), spec)
     print(_lora.said(found, 0.0, args.out, args.json))
     return 0

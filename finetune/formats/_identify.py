@@ -89,11 +89,11 @@ def contradictions(header: Header) -> list[str]:
                                                if "r" in config and not config.get("rank_pattern"))]
     found += [f"its metadata say rank {rank}, but its tensors have {_few(facts['ranks'])}" for rank in ranks
               if re.fullmatch(r"\d{1,9}", rank) and facts["ranks"] and int(rank) not in facts["ranks"]]
-    # That of rsLoRA in LyCORIS is another in the file, and an alpha in half precision is a little off.
+    # That of rsLoRA in LyCORIS is another in the file, an alpha in half precision is a little off, and 0 stands for the rank.
     alpha = said.get("ss_network_alpha", "")
     alphas = [value for name, value in header.scalars.items() if name.endswith(".alpha")]
-    if re.fullmatch(r"\d+(\.\d+)?", alpha) and alphas and "rs_lora" not in said.get("ss_network_args", "") and not any(
-            math.isclose(float(alpha), own, rel_tol=1e-2) for own in alphas):
+    known = re.fullmatch(r"\d+(\.\d+)?", alpha) and float(alpha) and "rs_lora" not in said.get("ss_network_args", "")
+    if known and alphas and not any(math.isclose(float(alpha), own, rel_tol=1e-2) for own in alphas):
         found.append(f"its metadata say alpha {alpha}, but its tensors have {_few(facts['alphas'])}")
     return found
 

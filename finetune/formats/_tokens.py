@@ -55,9 +55,12 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], spec: Fam
 
 
 def encode(artifact: Artifact, spec: FamilySpec, named: bool) -> dict[str, Tensor]:
-    """Tensors under the token's name, or as most tools read them."""
+    """Tensors under the token's name, or as most tools read them. FinetuneError for a name that none would be known by."""
     single = sum(part.startswith("text") for part in spec.components) == 1
     alone = artifact.metadata["ss_output_name"] if named else "emb_params"
+    if single and "." in alone:
+        raise FinetuneError(f"the token {alone!r}: a tensor with a dot in its name is taken for a layer's; rename the file, "
+                            "which the token has its name from")
     keys = {"text": alone if single else "clip_l", "text_2": "clip_g"}
     return {keys[part]: t for part, t in rows(artifact).items()}
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from finetune.artifact import Artifact, Header, fold_alpha, modules
+from finetune.errors import FinetuneError
 from finetune.families._vae import is_vae
 from finetune.formats import _joint, _tokens
 from finetune.formats._dialects import FLAT, NORMS, dotted, place, to_sgm
@@ -45,7 +46,8 @@ def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dic
     for (part, path), module in modules(folded).items():
         path = to_sgm(path) if spec.sgm and part == "denoiser" else path
         flat = path.replace(".", "_")
-        assert dotted(flat) == path, f"SEGMENTS lacks the names to read {flat!r} back as {path!r}"
+        if dotted(flat) != path:
+            raise FinetuneError(f"{part}.{path}: is no layer that has a name in kohya's files, where dots are underscores")
         words = WRITTEN | OF_NORMS if "diff" in module and module["diff"].ndim == 1 else WRITTEN
         tensors |= {f"{prefixes[part]}_{flat}.{words[role]}": tensor for role, tensor in module.items()}
     said = {"ss_network_module": "networks.lora" if artifact.kind == "lora" else "lycoris.kohya"}

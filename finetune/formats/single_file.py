@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # both cost an import of torch
     from finetune.families.base import FamilySpec
 
 KINDS = ("full", "vae")     # a VAE is read by kohya: it is the same file
+# What a file says that a model predicts; one on rectified flow says nothing.
+SAID = {"epsilon": "epsilon", "v_prediction": "v", None: ""}
 
 
 def reads(header: Header) -> bool:
@@ -34,11 +36,13 @@ def encode(artifact: Artifact, spec: FamilySpec) -> tuple[dict[str, Tensor], dic
     return ldm_vae(artifact, spec)
 
 
-def check(spec: FamilySpec) -> None:
-    """Raise FinetuneError for a family whose models are in no single file."""
-    if spec.name not in LAYOUTS:
-        raise FinetuneError(f"single_file: cannot hold a model of {spec.name}; {', '.join(LAYOUTS)} can be written so: "
+def check(family) -> None:
+    """Raise FinetuneError for a family whose models are in no single file, and for what none can say of its noising."""
+    if (name := family.spec.name) not in LAYOUTS:
+        raise FinetuneError(f"single_file: cannot hold a model of {name}; {', '.join(LAYOUTS)} can be written so: "
                             "write a diffusers folder")
+    if (prediction := family.scheduler.config.get("prediction_type")) not in SAID:
+        raise FinetuneError(f"single_file: cannot say of a model that it predicts {prediction}: write a diffusers folder")
 
 
 def write(family, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
@@ -48,7 +52,7 @@ def write(family, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -
 
     from finetune.families import _original
 
-    check(family.spec)
+    check(family)
     tensors = {}
     for part, module in family.parts.items():
         kind, prefix = LAYOUTS[family.spec.name][family.spec.components[part]]
@@ -56,10 +60,10 @@ def write(family, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -
         tensors |= {prefix + name: t for name, t in _original.write(ours, _original.rows(kind, ours))}
     config = family.scheduler.config
     v = config.get("prediction_type") == "v_prediction"
-    said = {"modelspec.prediction_type": "v" if v else "epsilon"} if "prediction_type" in config else {}
+    said = {"modelspec.prediction_type": SAID[config["prediction_type"]]} if "prediction_type" in config else {}
     # What ComfyUI and Forge know an SDXL by that predicts v, and one whose last step is nothing but noise.
-    marks = {"v_pred": v, "ztsnr": bool(config.get("rescale_betas_zero_snr"))}
-    tensors |= {mark: torch.empty(0) for mark, there in marks.items() if there and family.spec.name != "sd2"}
+    marks = {"v_pred": v and family.spec.name != "sd2", "ztsnr": bool(config.get("rescale_betas_zero_snr"))}
+    tensors |= {mark: torch.empty(0) for mark, there in marks.items() if there}
     write_safetensors(path, tensors, dict(metadata) | said | {
         "finetune.kind": "full", "finetune.family": family.spec.name, "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": family.spec.architecture})

@@ -156,7 +156,7 @@ def install(recipe: Recipe, base: ground.Ground) -> Together:
         for name in recipe.export:
             formats.check_kind(name, method.kind, "export: ")
             if (name, method.kind) == ("single_file", "full"):
-                single_file.check(family.spec)
+                single_file.check(family)
     together.install(family)
     check_said(base.learned, base.streams[0], recipe.train.max_steps, family)
     for method in together.methods:

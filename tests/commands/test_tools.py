@@ -144,7 +144,8 @@ def test_mistakes(tiny, pair, tmp_path, capsys):
 
 @pytest.mark.parametrize("form", ["kohya", "diffusers"])
 def test_resize_keeps_the_format_and_what_the_file_says(tiny, tmp_path, capsys, form):
-    file = lora(tiny, tmp_path / "a.safetensors", {TO_K: 4, CONV: 4, FC1: 2}, 0, form, ss_steps="9", sshs_model_hash="1")
+    file = lora(tiny, tmp_path / "a.safetensors", {TO_K: 4, CONV: 4, FC1: 2}, 0, form, ss_steps="9", sshs_model_hash="1",
+                ss_output_name="a")
     before, sizes = changes(file), {"same": ("--rank", 4), "all": ("--energy", 1.0), "two": ("--rank", 2),
                                     "most": ("--frobenius", 0.9)}
     lost, files = {}, {}
@@ -166,7 +167,10 @@ def test_resize_keeps_the_format_and_what_the_file_says(tiny, tmp_path, capsys, 
     data = files["two"].read_bytes()
     own = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()      # as A1111 and sd-scripts have it
     assert header.metadata["sshs_model_hash"] == own and header.metadata["modelspec.hash_sha256"] == f"0x{own}"
-    assert "finetune.resized" in header.metadata
+    assert "finetune.resized" in header.metadata and header.metadata["ss_output_name"] == "two"
+    assert main(["convert", str(files["two"]), "--to", "kohya", "--out", str(tmp_path / "three.kohya.safetensors")]) == 0
+    said = read_header(tmp_path / "three.kohya.safetensors").metadata
+    assert said["ss_output_name"] == said["modelspec.title"] == "three"
     assert form == "diffusers" or header.metadata["ss_network_dim"] == header.metadata["ss_network_alpha"] == "2"
 
 

@@ -99,7 +99,8 @@ def test_damaged_and_lying_files(tmp_path, capsys, name):
 
 def test_a_file_of_another_base_and_what_tools_make_of_it(tmp_path, capsys):
     path = tmp_path / "x.safetensors"
-    path.write_bytes(save(lora(width=768), {"ss_network_dim": "9" * 5000}))     # more digits than Python reads
+    # More digits than Python reads, and what stands for the rank.
+    path.write_bytes(save(lora(width=768), {"ss_network_dim": "9" * 5000, "ss_network_alpha": "0.0"}))
     assert main(["verify", str(path)]) == 0
     assert "tools                        loads fully in diffusers, ComfyUI" in capsys.readouterr().out
     assert main(["verify", str(path), "--base", "tiny", "--json"]) == 2

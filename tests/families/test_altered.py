@@ -9,13 +9,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from finetune.artifact import read_header
+from finetune import registry
+from finetune.header import read_header
 from finetune.cli import main
 from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.families import sd1, sd3, sdxl
 from finetune.families._altered import altered
+from finetune.families._identify import identify
 from finetune.families._source import TINY, Changes, locate
+from finetune.formats import single_file
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -116,6 +119,14 @@ def test_what_a_base_predicts_can_be_said_and_goes_with_it(member, tmp_path):
     for each in (family, sd1.outline(str(tmp_path / "said"))):
         assert each.path.prediction == "v_prediction" and each.path.alphas_cumprod[-1] == 0
         assert each.scheduler.config.timestep_spacing == "trailing" and each.scheduler.config.rescale_betas_zero_snr
+    sd2 = registry.find("families", "sd2").load(str(member("sd21")), changes=Changes(prediction="v_prediction", zero_snr=True))
+    for each in (family, sd2):
+        single_file.write(each, tmp_path / "said.safetensors", torch.float32, {})
+        found = identify(read_header(tmp_path / "said.safetensors"))
+        assert (found.family, found.prediction, found.zero_snr) == (each.spec.name, "v_prediction", True)
+    with pytest.raises(FinetuneError, match="single_file: cannot say of a model that it predicts sample: write a diffusers"):
+        single_file.write(sd1.load("tiny", changes=Changes(prediction="sample")), tmp_path / "no.safetensors", torch.float32, {})
+    assert not (tmp_path / "no.safetensors").exists()
     with pytest.raises(FinetuneError, match="zero signal"):
         sd1.outline("tiny", changes=Changes(zero_snr=True))
     with pytest.raises(FinetuneError, match="base.prediction: a base on rectified flow"):

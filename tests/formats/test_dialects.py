@@ -13,6 +13,7 @@ from finetune import registry
 from finetune.artifact import Artifact, modules, write_safetensors
 from finetune.change import change
 from finetune.cli import main
+from finetune.commands.inspect import describe
 from finetune.errors import FinetuneError
 from finetune.formats import _dialects, base
 from finetune.formats._configs import DIFFUSERS_METADATA, alphas_of, peft_configs
@@ -251,6 +252,7 @@ def test_what_peft_saves_in_its_own_folder(tmp_path, kind):
     (_, roles), = modules(base.load(tmp_path / "adapter_model.safetensors", SPEC).tensors).items()
     weight = before["mid_block"]["to_q"].weight
     assert (weight + change(roles, weight) - merged).norm() <= 1e-5 * merged.norm()
+    assert kind == "loha" or describe(tmp_path / "adapter_model.safetensors")["alphas"] == [2]
     (tmp_path / "adapter_config.json").write_text("[")
     with pytest.raises(FinetuneError, match="its adapter_config.json cannot be read"):
         base.load(tmp_path / "adapter_model.safetensors", SPEC)

@@ -86,6 +86,10 @@ def test_what_others_write_is_read(tmp_path, family):
 
     save_file({"<cat>": torch.ones(768)}, tmp_path / "my-cat.safetensors")
     assert formats.load(tmp_path / "my-cat.safetensors", family.spec).tensors["text.embedding"].shape == (1, 768)
+    save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "easy.neg.safetensors")
+    dotted = formats.load(tmp_path / "easy.neg.safetensors", family.spec)
+    with pytest.raises(FinetuneError, match="the token 'easy.neg': a tensor with a dot"):
+        formats.save(dotted, tmp_path / "x.safetensors", "diffusers", family.spec)
     save_file({"emb_params": torch.ones(2, 1024)}, tmp_path / "sd2.safetensors")
     with pytest.raises(FinetuneError, match="is for sd2"):
         formats.load(tmp_path / "sd2.safetensors", family.spec)
