@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from finetune.disk import forsaken, replacing, sync
 from finetune.errors import FinetuneError
-from finetune.header import MAX_HEADER_BYTES, Header, read_header
+from finetune.header import MAX_HEADER_BYTES, read_header
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a peek at a header does not need it
     from torch import Tensor

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune import registry
-from finetune.artifact import published, read_header
+from finetune.artifact import published
 from finetune.change import change
 from finetune.families import _merging, _original
 from finetune.families import base as families
@@ -30,6 +30,7 @@ from finetune.families._source import quiet
 from finetune.formats import base as formats
 from finetune.formats import single_file
 from finetune.formats._consumers import receipt
+from finetune.header import read_header
 
 Changes = Iterator[tuple[str, Tensor]]      # "<part>.<name of ours>" and what is added to that weight
 Read = Callable[[Path], Changes]

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetune import artifact
-from finetune.artifact import fold_alpha, modules, read_header, read_tensors, write_safetensors
+from finetune.artifact import fold_alpha, modules, read_tensors, write_safetensors
 from finetune.change import core
 from finetune.errors import FinetuneError
+from finetune.header import read_header
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (
@@ -178,7 +179,7 @@ def test_a_pipe_is_told_and_not_waited_for(tmp_path):
 
 def test_a_peek_does_not_import_torch(tmp_path):
     write_safetensors(tmp_path / "a", {"x": torch.zeros(2)}, {})
-    code = "import sys; from finetune import artifact; artifact.read_header(sys.argv[1])"
+    code = "import sys; from finetune import artifact, header; header.read_header(sys.argv[1])"
     code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=True)
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import registry
-from finetune.artifact import WHOLE, Artifact, modules, read_header
+from finetune.artifact import WHOLE, Artifact, modules
 from finetune.commands import _base
 from finetune.errors import FinetuneError
 from finetune.formats._identify import identify
 from finetune.formats._tokens import token
+from finetune.header import read_header
 
 if TYPE_CHECKING:  # it costs an import of torch
     from finetune.lowrank import Cut, LowRank

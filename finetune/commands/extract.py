@@ -4,12 +4,13 @@ from functools import partial
 from pathlib import Path
 
 from finetune import registry
-from finetune.artifact import Artifact, published, read_header
+from finetune.artifact import Artifact, published
 from finetune.commands import _lora
 from finetune.commands._base import dtype
 from finetune.errors import FinetuneError
 from finetune.families._original import NEEDLESS
 from finetune.formats import base as formats
+from finetune.header import read_header
 
 TABLES = ("_embedding", "shared", "embed_tokens", "relative_attention_bias")     # whose rows are looked up: no layers
 

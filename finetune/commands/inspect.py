@@ -9,11 +9,12 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.artifact import MEASURED, read_header, weights_of
+from finetune.artifact import MEASURED, weights_of
 from finetune.commands import _bars
 from finetune.errors import FinetuneError
 from finetune.formats._configs import beside
 from finetune.formats._identify import identify
+from finetune.header import read_header
 
 LONGEST_VALUE = 2000  # characters of one metadata value on the screen; --json has them all
 

@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune import registry
-from finetune.artifact import Artifact, modules, read_header
+from finetune.artifact import Artifact, modules
 from finetune.commands import _base, _lora
 from finetune.errors import FinetuneError
 from finetune.formats import base as formats
 from finetune.formats import single_file
 from finetune.formats._identify import identify
+from finetune.header import read_header
 
 
 def add_arguments(parser) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,9 @@ def run(args) -> int:
     from finetune.train.lint import lint as look_closer
 
     report = look_closer(load(out, []).recipe, say)
+    shown = shlex.quote(str(out))
     print(f"{lint.table(report)}\n\n{out} is written; read it, change it, and then\n"
-          f"    finetune plan {out}      # the memory it takes\n    accelerate launch -m finetune train {out}")
+          f"    finetune plan {shown}      # the memory it takes\n    accelerate launch -m finetune train {shown}")
     return 2 if report.code == 2 else 0
 
 
@@ -96,8 +98,12 @@ def known(base: str) -> Known:
         except FinetuneError as e:
             problems.append(f"{family}: {e}")
             continue
-        side = found.source.config(found.spec.components["denoiser"])["sample_size"] * found.stride
-        like = next(known for known in BASES.values() if known.family == family and known.path != "tiny")
+        like = next((known for known in BASES.values() if known.family == family and known.path != "tiny"), None)
+        if not like:
+            families = ", ".join(sorted({known.family for known in BASES.values()}))
+            raise FinetuneError(f"--base {base}: is of the family {family}; `new` writes recipes for {families}")
+        own = found.source.config(found.spec.components["denoiser"]).get("sample_size")
+        side = own * found.stride if isinstance(own, int) else like.resolution
         return Known(family, base, side, like.rate, like.gigabytes * side ** 2 / like.resolution ** 2, like.weights)
     raise FinetuneError("\n    ".join([f"--base {base}: is of no family that is known here", *problems]))
 
@@ -116,7 +122,7 @@ def text(args, name: str, base: Known, index, out: Path) -> str:
     caption = f"{captioned}, in {word}".removeprefix(", ") if goal == "style" else captioned or f"a photo of {word}"
     trigger = f", trigger: {quote(word)}" if captioned and goal != "style" else ""
     shapes = buckets(index, base.resolution)
-    lines = [f"# accelerate launch -m finetune train {out}",
+    lines = [f"# accelerate launch -m finetune train {shlex.quote(str(out))}",
              f"# {goal.capitalize()} from {count:,} picture{'s' * (count > 1)}, by `finetune new`. Change what you like.",
              f"base: {{family: {base.family}, path: {quote(base.path)}" + ("}" if tiny else ", dtype: bfloat16}"),
              "data:",

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from finetune import registry
-from finetune.artifact import Artifact, read_header
+from finetune.artifact import Artifact
 from finetune.commands import _lora
 from finetune.formats import base as formats
 from finetune.formats._identify import identify
+from finetune.header import read_header
 
 
 def add_arguments(parser) -> None:

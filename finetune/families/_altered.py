@@ -130,7 +130,8 @@ def check_widths(source: Source | Altered, spec: FamilySpec) -> None:
     for words, field, wanted in WIDTHS:
         parts = [part for part in words if source.has(spec.components.get(part, ""))]
         widths = [source.config(spec.components[part]).get(field) for part in parts]
-        if parts and None not in (*widths, denoiser.get(wanted)) and sum(widths) != denoiser[wanted]:
+        known = parts and all(isinstance(width, int) for width in (*widths, denoiser.get(wanted)))
+        if known and sum(widths) != denoiser[wanted]:
             word = next((part for part in (*parts, "denoiser") if part in source.changes.parts), "path")
             path = source.changes.parts.get(word, source.path)
             raise FinetuneError(f"base.{word}: {path}: {field} of {' + '.join(parts)} is {' + '.join(map(str, widths))}, and the "

@@ -6,8 +6,8 @@ Nothing here needs torch; names of files are not looked at.
 import re
 from dataclasses import dataclass
 
-from finetune.artifact import Header
 from finetune.errors import FinetuneError
+from finetune.header import Header
 
 Place = tuple[str, str]         # a kind of `_original.KINDS`, and what stands before its names
 
@@ -109,7 +109,9 @@ def _without_denoiser(header: Header) -> Known:
 
 def _unet(shapes: dict[str, tuple[int, ...]]) -> tuple[str, str]:
     """(family, config). SD 1 enters its transformers by convolutions, SD 2 by linear layers; SDXL is told the size."""
-    channels = shapes[SIGNS["unet"]][1]
+    if len(first := shapes[SIGNS["unet"]]) != 4:
+        raise FinetuneError(f"its {SIGNS['unet']} has the shape {first}, and no UNet begins so: it is damaged")
+    channels = first[1]
     if "label_emb.0.0.weight" in shapes:
         family = "sdxl"
         if "input_blocks.9.0.op.weight" in shapes or "input_blocks.9.0.in_layers.0.weight" in shapes:

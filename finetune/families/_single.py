@@ -15,11 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from finetune.artifact import Header, published, read_header
+from finetune.artifact import published
 from finetune.errors import FinetuneError
 from finetune.families import _original
 from finetune.families._identify import LAYOUTS, Known, Place, identify
 from finetune.families._source import Changes, Source
+from finetune.header import Header, read_header
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -30,7 +31,7 @@ ENDS = "<|startoftext|>", "<|endoftext|>"
 
 @dataclass(frozen=True)
 class SingleFile:
-    """Where a base comes from, as `base.Source` is: a file, the config of what it was recognised as, and CLIP's vocabulary."""
+    """Where a base comes from, as `_source.Source` is: a file, the config of what it was recognised as, and CLIP's vocabulary."""
 
     path: str
     known: Known

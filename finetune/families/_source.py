@@ -60,7 +60,8 @@ class Source:
 
     def has(self, component: str) -> bool:
         """Whether the base has this component; `[null, null]` is how diffusers writes that it has not."""
-        return bool((self.index.get(component) or [None])[0])
+        entry = self.index.get(component)
+        return isinstance(entry, list) and bool(entry[:1] != [None] and entry)
 
     def config(self, component: str) -> dict:
         return json_object(self.path, f"{component}/config.json", self.revision)
@@ -119,6 +120,8 @@ def locate(path: str, revision: str | None = None, variant: str | None = None) -
     """The source behind `base.path`: `tiny`, a folder, a file or a hub id. Raises FinetuneError when there is none."""
     quiet()
     path = str(TINY) if path == "tiny" else str(own) if (own := Path(os.path.expanduser(path))).exists() else path
+    if word := "revision" if revision and Path(path).exists() else "variant" if variant and Path(path).is_file() else None:
+        raise FinetuneError(f"base.{word} (--{word}): {path} is here and has none to choose from; leave it out")
     if Path(path).is_file():
         from finetune.families._single import source
 
@@ -222,4 +225,4 @@ def kind_of(source: Source) -> str:
     if channels not in (4, 9) or unet.get("class_embed_type") or unet.get("num_class_embeds"):
         return f"a variant of Stable Diffusion with {channels} input channels (depth, upscaling, …)"
     # The width of the text tells the published ones apart; of smaller ones, that since SD 2 proj_in is linear.
-    return xl or {768: "sd1", 1024: "sd2"}.get(width) or ("sd2" if unet.get("use_linear_projection") else "sd1")
+    return xl or {"768": "sd1", "1024": "sd2"}.get(str(width)) or ("sd2" if unet.get("use_linear_projection") else "sd1")

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from finetune.artifact import Header
 from finetune.errors import FinetuneError
 from finetune.formats._dialects import plain
+from finetune.header import Header
 
 MOST_ALPHA = 2 ** 40        # a number of JSON may be larger than any float
 MOST_PATTERNS = 16          # with more in them than names: each takes a while with each module,

@@ -11,8 +11,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from finetune.artifact import Header
 from finetune.formats._dialects import END
+from finetune.header import Header
 
 TOOLS = {"diffusers": "0.42.1", "ComfyUI": "0.3.64 a125cd84", "A1111": "1.10.1 82a973c0", "Forge": "dfdcbab6",
          "SD.Next": "058a7f0c", "InvokeAI": "6.14-alpha 8e71a8a5", "sd-scripts": "48d368fa",

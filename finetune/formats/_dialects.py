@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from finetune.artifact import Header, published
+from finetune.artifact import published
 from finetune.errors import FinetuneError
 from finetune.families._original import RESNET, moved, unet_places
 from finetune.formats import _joint
 from finetune.formats._modules import ROLES
+from finetune.header import MAX_TENSORS, Header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +34,8 @@ ENDS = (
     *((rf"\.{role}", f".{role}") for role in (*ROLES, "w_norm", "b_norm") if not role.startswith(("lora_", "dora_"))),
 )
 NORMS = {"w_norm": "diff", "b_norm": "diff_b"}      # what LyCORIS calls the differences of a norm
-END = re.compile(rf"(?:{'|'.join(f'(?P<{role[1:]}>{pattern})' for pattern, role in ENDS)})$")
+LONGEST_END = 80        # characters that are looked at, for names may be long, and many
+END = re.compile(rf"(?=\.)(?:{'|'.join(f'(?P<{role[1:]}>{pattern})' for pattern, role in ENDS)})$")
 OLD = re.compile(r"(.*?)(\.processor)?\.to_(q|k|v|out)_lora\.(down|up)\.weight")        # diffusers < 0.18
 FLAT = re.compile(r"(lora_unet|lora_transformer|lora_te[123]?|lycoris|oft_unet)_([^.]+)")
 DOTTED = re.compile(r"(?:(unet|transformer|text_encoder(?:_[23])?|lora_unet|lora_transformer|lora_te[123]?)\."
@@ -73,12 +76,13 @@ OURS = {theirs: ours for places in (unet_places(blocks=4, layers=2, attended={1,
 LDM = re.compile(r"(input_blocks|output_blocks|middle_block|time_embed|label_emb|out)\.")
 
 
+@lru_cache(maxsize=MAX_TENSORS)       # of a file: it is asked for several times
 def place(name: str) -> str | None:
     """The name that a tensor of a file has here; None for one that no adapter has."""
     if old := OLD.fullmatch(name):
         layer = f"{old[3]}_proj" if old[1].endswith(".self_attn") else "to_out.0" if old[3] == "out" else f"to_{old[3]}"
         name = f"{old[1]}.{layer}.lora.{old[4]}.weight"
-    if not (end := END.search(name)):
+    if not (end := END.search(name, max(0, len(name) - LONGEST_END))):
         return None
     if flat := FLAT.fullmatch(name[:end.start()]):
         said, path = COMPONENTS.get(flat[1]), dotted(flat[2].removeprefix("lora_unet_"))

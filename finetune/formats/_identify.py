@@ -8,10 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 from finetune import registry
-from finetune.artifact import Header, read_header
 from finetune.formats._configs import peft_configs
 from finetune.formats._dialects import plain
 from finetune.formats._tokens import is_bare, is_named, shapes
+from finetune.header import Header, read_header
 
 # What a file is, by the first pattern that any of its tensors' names contains: pattern, kind, format if none here reads it.
 _KINDS = (
@@ -21,7 +21,7 @@ _KINDS = (
     (r"\.oft_(blocks|R)\b", "oft", "peft"),
     (r"\.diff(_b)?$", "difference", None),
     (r"\.lora_(down|up|A|B)\b|[._]lora\.(down|up)\.|\.lora_linear_layer\.", "lora", None),
-    (r"^(emb_params|clip_l|clip_g)$", "embedding", "webui"),
+    (r"^(emb_params|clip_l|clip_g)$", "embedding", None),
     (r"^controlnet_cond_embedding\.", "control", "diffusers"),
     (r"^model\.diffusion_model\.", "checkpoint", "single_file"),
     (r"^first_stage_model\.|^(encoder\.down|decoder\.up)\.\d", "vae", "single_file"),

@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.artifact import Artifact, Header
+from finetune.artifact import Artifact
 from finetune.errors import FinetuneError
+from finetune.header import Header
 
 if TYPE_CHECKING:
     from torch import Tensor

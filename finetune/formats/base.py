@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import registry
-from finetune.artifact import (
-    WHOLE, Artifact, data_of, fold_alpha, modules, read_header, read_tensors, weights_of, write_safetensors,
-)
+from finetune.artifact import WHOLE, Artifact, data_of, fold_alpha, modules, read_tensors, weights_of, write_safetensors
 from finetune.errors import FinetuneError
 from finetune.families._vae import from_ldm, is_vae, to_ldm
 from finetune.formats import _tokens
@@ -26,6 +24,7 @@ from finetune.formats._dialects import place, translated
 from finetune.formats._identify import identify, number
 from finetune.formats._modules import kind_of, settle
 from finetune.formats._tokens import is_bare, is_named, token
+from finetune.header import read_header
 
 if TYPE_CHECKING:  # both cost an import of torch
     from torch import Tensor

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from finetune.artifact import Artifact, Header, fold_alpha, modules
+from finetune.artifact import Artifact, fold_alpha, modules
 from finetune.families._vae import is_vae
 from finetune.formats import _tokens
 from finetune.formats._dialects import FLAT, place
@@ -14,6 +14,7 @@ from finetune.formats._configs import DIFFUSERS_METADATA
 from finetune.formats._identify import number
 from finetune.formats.base import CONTROL, bare, common_metadata, rank_and_alpha
 from finetune.formats.base import decode  # noqa: F401, it reads what any tool has written
+from finetune.header import Header
 
 if TYPE_CHECKING:  # both cost an import of torch
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from finetune.artifact import Artifact, Header, fold_alpha, modules
+from finetune.artifact import Artifact, fold_alpha, modules
 from finetune.errors import FinetuneError
 from finetune.families._vae import is_vae
 from finetune.formats import _joint, _tokens
@@ -13,6 +13,7 @@ from finetune.formats._dialects import FLAT, NORMS, dotted, place, to_sgm
 from finetune.formats._modules import KINDS as _KINDS
 from finetune.formats._modules import ROLES
 from finetune.formats.base import common_metadata, decode, ldm_vae  # noqa: F401, it reads what any tool has written
+from finetune.header import Header
 
 if TYPE_CHECKING:  # both cost an import of torch
     from torch import Tensor

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.artifact import Artifact, Header, published, write_safetensors
+from finetune.artifact import Artifact, published, write_safetensors
 from finetune.errors import FinetuneError
 from finetune.families._identify import LAYOUTS
 from finetune.formats.base import ldm_vae
+from finetune.header import Header
 
 if TYPE_CHECKING:  # both cost an import of torch
     import torch

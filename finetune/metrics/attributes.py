@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.artifact import read_header, read_tensors
+from finetune.artifact import read_tensors
 from finetune.errors import FinetuneError
+from finetune.header import read_header
 from finetune.metrics.base import Measured, Painted, share
 
 NEEDS, MODEL, BETTER = set(), None, "higher"

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from finetune.artifact import read_header, read_tensors, write_safetensors
+from finetune.artifact import read_tensors, write_safetensors
 from finetune.disk import sync, write_json, writing
 from finetune.errors import FinetuneError
+from finetune.header import read_header
 from finetune.runfolder import RunFolder
 
 MANIFEST = "manifest.json"

@@ -15,11 +15,12 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from finetune.artifact import MEASURED, read_header
+from finetune.artifact import MEASURED
 from finetune.data import pictures
 from finetune.disk import read_json, write_text, writing
 from finetune.errors import FinetuneError
 from finetune.formats._identify import identify
+from finetune.header import read_header
 from finetune.recipe import Recipe, dump, load
 from finetune.recipe.resolved import leaves
 from finetune.runfolder import RunFolder

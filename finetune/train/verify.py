@@ -20,7 +20,7 @@ from pydantic import StringConstraints
 from torch import Tensor, nn
 
 from finetune import registry, tokens
-from finetune.artifact import WHOLE, Artifact, modules, read_header, weights_of
+from finetune.artifact import WHOLE, Artifact, modules, weights_of
 from finetune.change import core
 from finetune.device import spare_memory
 from finetune.diffusion import noise
@@ -33,6 +33,7 @@ from finetune.formats import base as formats
 from finetune.formats import _consumers as consumers
 from finetune.formats import _tokens, kohya, single_file
 from finetune.formats._identify import contradictions
+from finetune.header import read_header
 from finetune.terminal import folded
 from finetune.train.preview import resting
 from finetune.train.sampling import worded

@@ -1,11 +1,13 @@
 """From a folder of pictures to a recipe that trains."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from finetune.cli import main
+from finetune.families._source import TINY
 from finetune.recipe import load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -14,9 +16,11 @@ SMALL = ["train.max_steps=2", "train.warmup_steps=0", "train.batch_size=1", "eve
 
 @pytest.mark.parametrize("dataset", ["style", "subject", "attributes", "texture"])
 def test_it_passes_lint(dataset, tmp_path, capsys):
-    out = tmp_path / "recipe.yaml"
+    out = tmp_path / "my recipe.yaml"
     assert main(["new", str(ROOT / "datasets" / dataset), "--base", "tiny", "--out", str(out)]) == 0
-    assert "cannot be trained" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "cannot be trained" not in shown and shown.endswith(f"accelerate launch -m finetune train '{out}'\n")
+    assert out.read_text().startswith(f"# accelerate launch -m finetune train '{out}'\n")
     recipe = load(out, []).recipe
     assert recipe.data.resolution == 64 and 300 <= recipe.train.max_steps <= 3000
     assert main(["new", str(ROOT / "datasets" / dataset), "--base", "tiny", "--out", str(out)]) == 2      # never over another
@@ -45,6 +49,16 @@ def test_memory_decides_the_batch(tmp_path, monkeypatch):
         return train.batch_size, train.gradient_checkpointing
 
     assert batch("4GB") == (1, True) and batch("8") == (4, True) and batch("24 GB") == (4, False)
+
+
+def test_a_family_without_recipes_is_told(tmp_path, capsys):
+    base = Path(shutil.copytree(TINY, tmp_path / "upscaler"))
+    index = json.loads((base / "model_index.json").read_text())
+    scheduler = {"_class_name": "StableDiffusionUpscalePipeline", "low_res_scheduler": ["diffusers", "DDPMScheduler"]}
+    (base / "model_index.json").write_text(json.dumps(index | scheduler))
+    shutil.copytree(base / "scheduler", base / "low_res_scheduler")
+    assert main(["new", str(ROOT / "datasets" / "style"), "--base", str(base), "--out", str(tmp_path / "x.yaml")]) == 2
+    assert "is of the family upscaler; `new` writes recipes for sd1, sd2, sd3, sdxl" in capsys.readouterr().err
 
 
 def test_mistakes(tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune import registry
-from finetune.artifact import Artifact, modules, read_header, read_tensors
+from finetune.artifact import Artifact, modules, read_tensors
 from finetune.change import core
 from finetune.cli import main
 from finetune.families import _single
@@ -15,6 +15,7 @@ from finetune.families import base as families
 from finetune.families._source import locate
 from finetune.formats import base as formats
 from finetune.formats._identify import identify
+from finetune.header import read_header
 
 SD1 = registry.find("families", "sd1")
 TO_K = "denoiser.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from finetune import registry
-from finetune.artifact import Artifact, modules, read_header
+from finetune.artifact import Artifact, modules
 from finetune.change import core
 from finetune.formats import base
 from finetune.formats._identify import identify
+from finetune.header import read_header
 
 SPEC = registry.find("families", "sd1").SPEC
 FORMATS = [name for name in registry.names("formats") if "lora" in registry.find("formats", name).KINDS]

@@ -10,7 +10,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune import registry
-from finetune.header import read_header
 from finetune.cli import main
 from finetune.errors import FinetuneError
 from finetune.families import base as families
@@ -19,6 +18,7 @@ from finetune.families._altered import altered
 from finetune.families._identify import identify
 from finetune.families._source import TINY, Changes, locate
 from finetune.formats import single_file
+from finetune.header import read_header
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -124,8 +124,9 @@ def test_what_a_base_predicts_can_be_said_and_goes_with_it(member, tmp_path):
         single_file.write(each, tmp_path / "said.safetensors", torch.float32, {})
         found = identify(read_header(tmp_path / "said.safetensors"))
         assert (found.family, found.prediction, found.zero_snr) == (each.spec.name, "v_prediction", True)
+    clean = sd1.load("tiny", changes=Changes(prediction="sample"))
     with pytest.raises(FinetuneError, match="single_file: cannot say of a model that it predicts sample: write a diffusers"):
-        single_file.write(sd1.load("tiny", changes=Changes(prediction="sample")), tmp_path / "no.safetensors", torch.float32, {})
+        single_file.write(clean, tmp_path / "no.safetensors", torch.float32, {})
     assert not (tmp_path / "no.safetensors").exists()
     with pytest.raises(FinetuneError, match="zero signal"):
         sd1.outline("tiny", changes=Changes(zero_snr=True))

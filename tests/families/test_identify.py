@@ -2,9 +2,9 @@
 
 import pytest
 
-from finetune.artifact import Header
 from finetune.errors import FinetuneError
 from finetune.families._identify import identify
+from finetune.header import Header
 
 
 def header_of(**shapes) -> Header:
@@ -29,6 +29,7 @@ UNET = "model__diffusion_model__"
     (header_of(text_encoders__t5xxl__transformer__scaled_fp8=(0,)), "quantized"),
     (header_of(model_ema__diffusion_modelout0bias=(1,), first_stage_model__decoder__up__0__block__0__conv1__weight=(1,)),
      "moving average alone"),
+    (header_of(input_blocks__0__0__weight=(5,)), r"has the shape \(5,\), and no UNet begins so"),
     (header_of(some__weight=(1,)), "no part of a model in the original naming; its keys: 'some.weight'"),
 ])
 def test_what_is_no_checkpoint_is_named(header, said):

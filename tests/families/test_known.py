@@ -11,12 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from finetune import registry
-from finetune.artifact import Header, modules
+from finetune.artifact import modules
 from finetune.families import _original
 from finetune.families.base import CLIP_TARGETS
 from finetune.formats import _joint
 from finetune.formats._identify import identify
 from finetune.formats._dialects import dotted, from_ldm, to_sgm
+from finetune.header import Header
 from finetune.methods._targets import Part, resolve
 
 CONFIGS = Path(registry.__file__).parent / "assets" / "configs"

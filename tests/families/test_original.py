@@ -10,11 +10,12 @@ from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import load_file, save_file
 
 from finetune import registry
-from finetune.artifact import Header, published, read_header
+from finetune.artifact import published
 from finetune.errors import FinetuneError
 from finetune.families import _original, _single, sd1, sdxl
 from finetune.families._identify import LAYOUTS, Known, identify
 from finetune.families._source import Changes
+from finetune.header import Header, read_header
 
 FAMILIES = {"sd15": "sd1", "sd15-inpainting": "sd1", "sd21-base": "sd2", "sd21": "sd2", "sd2-inpainting": "sd2",
             "sdxl": "sdxl", "sdxl-inpainting": "sdxl", "sd3-medium": "sd3", "sd35-medium": "sd3", "sd35-large": "sd3"}

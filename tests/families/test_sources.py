@@ -78,6 +78,13 @@ def test_a_hub_model_that_cannot_be_reached_is_told(path, monkeypatch):
     assert f"{path} is neither `tiny`, nor a folder here" in said and "hub: " in said
 
 
+def test_a_revision_or_a_variant_of_what_has_none_is_refused(base):
+    for path, word in ((base, {"revision": "main"}), (base / WEIGHTS["unet"], {"revision": "main"}),
+                       (base / WEIGHTS["unet"], {"variant": "fp16"})):
+        with pytest.raises(FinetuneError, match=f"base.{next(iter(word))} .*has none to choose from"):
+            sd1.outline(str(path), **word)
+
+
 def test_a_file_and_a_folder_without_an_index_are_told(base):
     assert "it is the denoiser of a diffusers folder" in problem(base / WEIGHTS["unet"])
     assert "no diffusers folder" in problem(base / "unet")
@@ -121,10 +128,17 @@ def test_a_relative_in_the_same_pipeline_is_told_by_its_unet(base, fields, what)
     ("text_encoder", {"text_config": {"quantization_config": {}}}, "its quantization_config chooses whose code"),
     ("text_encoder", {"hidden_act": "x"}, "its text_encoder cannot be loaded"), ("text_encoder", {"pad_token_id": "x"}, "cannot be loaded"), ("vae", {"in_channels": None}, "its vae cannot"),
     ("unet", {"block_out_channels": -1}, "its unet cannot be loaded"), ("scheduler", {"prediction_type": {}}, "its scheduler predicts {}"),
-    ("scheduler", {"beta_start": "x"}, "its scheduler")])
+    ("unet", {"cross_attention_dim": [64] * 3}, "its unet cannot"), ("text_encoder", {"hidden_size": "1"}, "its text_encoder cannot"),
+    ("vae", {"latent_channels": "4"}, "its vae cannot"), ("scheduler", {"beta_start": "x"}, "its scheduler")])
 def test_a_config_that_cannot_be_used_is_told(base, component, fields, what):
     edit(base / component / ("scheduler_config.json" if component == "scheduler" else "config.json"), **fields)
     assert what in problem(base)
+
+
+@pytest.mark.parametrize("entry", [5, "x", {"a": 1}, [], [None, None]])
+def test_an_index_whose_unet_is_none_is_told(base, entry):
+    edit(base / "model_index.json", unet=entry)
+    assert "it holds no unet: give a whole checkpoint" in problem(base)
 
 
 @pytest.mark.parametrize("component", [*WEIGHTS, "tokenizer", "scheduler"])

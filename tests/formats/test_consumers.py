@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from finetune.artifact import Header
 from finetune.formats._consumers import TOOLS, receipt
+from finetune.header import Header
 
 ATTENTION = "to_q", "to_k", "to_v", "to_out.0"
 TEXT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")

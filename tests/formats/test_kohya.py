@@ -1,14 +1,16 @@
 import re
+import time
 
 import pytest
 import torch
 
 from finetune import registry
-from finetune.artifact import Artifact, Header, write_safetensors
+from finetune.artifact import Artifact, write_safetensors
 from finetune.errors import FinetuneError
 from finetune.formats import base, kohya
 from finetune.formats._identify import identify
 from finetune.formats._dialects import dotted
+from finetune.header import Header
 
 SPEC = registry.find("families", "sd1").SPEC
 TO_K = "down_blocks_0_attentions_1_transformer_blocks_0_attn2_to_k"
@@ -146,6 +148,12 @@ def test_identify_by_width_and_by_metadata():
     assert identify(header(64))["family"] is None
     assert identify(header(64, ss_base_model_version="sd_v2_768_v"))["family"] == "sd2"
     assert identify(header(1024, **{"finetune.family": "sd1"}))["family"] == "sd1"
+
+
+def test_many_long_names_take_no_time():
+    header = Header({f"lora_unet_{'a_' * 100}{i}.alpha": ("F32", ()) for i in range(6000)}, {}, {})
+    start = time.process_time()
+    assert identify(header)["kind"] is None and time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("name, kind", [

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from finetune import registry, tokens
-from finetune.artifact import Artifact, read_header
+from finetune.artifact import Artifact
 from finetune.errors import FinetuneError
 from finetune.formats import base as formats
 from finetune.formats._identify import identify
+from finetune.header import read_header
 
 ROWS = {"sks-dog": {"text": torch.full((3, 128), 0.1)}, "sks-hut": {"text": torch.full((1, 128), 0.2)}}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finetune.artifact import read_header
+from finetune.header import read_header
 from finetune.train.export import public
 
 

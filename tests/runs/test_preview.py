@@ -6,8 +6,9 @@ import shutil
 import pytest
 from PIL import Image
 
-from finetune.artifact import read_header, read_tensors
+from finetune.artifact import read_tensors
 from finetune.cli import main
+from finetune.header import read_header
 
 WORDS = ["preview.prompts=[a red circle]", "preview.seeds=[1, 2]", "preview.strengths=[0.5, 1]", "preview.steps=1",
          "train.ema={decay: 0.5}", "train.keep_every=2"]

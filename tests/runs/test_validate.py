@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from finetune.artifact import read_header, read_tensors
+from finetune.artifact import read_tensors
 from finetune.cli import main
+from finetune.header import read_header
 
 WATCHED = ["data.validation.fraction=0.3", "every.validate=2", "train.keep_best=true"]
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from finetune.artifact import read_header
 from finetune.formats._identify import identify
+from finetune.header import read_header
 
 SHAPES = {"lora": {}, "rslora": {}, "dora": {"rank_dropout": 0.2}, "loha": {}, "lokr": {"text": {}}, "oft": {"text": {}}}
 
