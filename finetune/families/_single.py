@@ -31,7 +31,7 @@ ENDS = "<|startoftext|>", "<|endoftext|>"
 
 @dataclass(frozen=True)
 class SingleFile:
-    """Where a base comes from, as `_source.Source` is: a file, the config of what it was recognised as, and CLIP's vocabulary."""
+    """Where a base comes from, as `Source` is: a file, the config of what it was recognised as, and CLIP's vocabulary."""
 
     path: str
     known: Known

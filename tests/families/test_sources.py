@@ -128,7 +128,8 @@ def test_a_relative_in_the_same_pipeline_is_told_by_its_unet(base, fields, what)
     ("text_encoder", {"text_config": {"quantization_config": {}}}, "its quantization_config chooses whose code"),
     ("text_encoder", {"hidden_act": "x"}, "its text_encoder cannot be loaded"), ("text_encoder", {"pad_token_id": "x"}, "cannot be loaded"), ("vae", {"in_channels": None}, "its vae cannot"),
     ("unet", {"block_out_channels": -1}, "its unet cannot be loaded"), ("scheduler", {"prediction_type": {}}, "its scheduler predicts {}"),
-    ("unet", {"cross_attention_dim": [64] * 3}, "its unet cannot"), ("text_encoder", {"hidden_size": "1"}, "its text_encoder cannot"),
+    ("unet", {"cross_attention_dim": [64] * 3}, "its unet cannot"),
+    ("text_encoder", {"hidden_size": "1"}, "its text_encoder cannot"),
     ("vae", {"latent_channels": "4"}, "its vae cannot"), ("scheduler", {"beta_start": "x"}, "its scheduler")])
 def test_a_config_that_cannot_be_used_is_told(base, component, fields, what):
     edit(base / component / ("scheduler_config.json" if component == "scheduler" else "config.json"), **fields)
