@@ -128,15 +128,17 @@ def apply(run: Run, norm: torch.Tensor) -> None:
 
 
 def save(run: Run, done: int, window: Window) -> None:
-    """A checkpoint after `done` steps, by the main process. Raises FinetuneError for parameters that are not finite."""
+    """A checkpoint after `done` steps, written by the main process; all call it. Raises FinetuneError for parameters that are
+    not finite."""
     parameters = {name: p.detach().cpu().clone() for name, p in run.parameters.items()}
     if bad := [name for name, p in parameters.items() if not p.isfinite().all()]:
         raise FinetuneError(f"step {done}: {len(bad)} parameters are not finite ({bad[0]}); nothing of it is saved, the last "
                             "checkpoint stays. Lower train.learning_rate and start again with --fresh")
+    logged = window.values()
     if run.accelerator.is_main_process:
         tensors, plain = state_tensors(run.optimizer.optimizer)
         scaler = run.accelerator.scaler         # float16 alone has one, and its scale is history that a resume needs
-        plain = {"state": plain, "scaler": scaler and scaler.state_dict(), "window": window.values()}
+        plain = {"state": plain, "scaler": scaler and scaler.state_dict(), "window": logged}
         state = checkpoint.State(done, parameters, tensors, plain,
                                  {n: t.cpu() for n, t in run.ema.average.items()} if run.ema else None)
         checkpoint.save(run.folder, state, run.recipe.train.keep_checkpoints, run.recipe.train.keep_every)

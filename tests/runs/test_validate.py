@@ -76,7 +76,8 @@ def test_the_best_is_kept_before_it_is_said_and_no_other_is_handed_over(recipe, 
     assert read_header(run / "checkpoints" / "best.safetensors").metadata == {"step": "2"}
     assert (run / "adapter" / "best" / "small.safetensors").is_file()
     for loss, said in ((0.0, "best.safetensors does not hold step 1"), ("NaN", "no step whose validation_loss is finite")):
-        (run / "metrics.jsonl").write_text(f'{{"step": 1, "validation_loss": {loss}}}\n{{"step": 2, "validation_loss": NaN}}\n')
+        log = [f'{{"step": {step}, "validation_loss": {value}}}\n' for step, value in ((1, loss), (2, "NaN"))]
+        (run / "metrics.jsonl").write_text("".join(log))
         assert train(recipe, run, *given(few)) == 2
         assert said in capsys.readouterr().err
 
