@@ -63,6 +63,6 @@ def over(run: Run) -> bool:
     if not patience:
         return False
     if run.accelerator.is_main_process:
-        steps = history(run.folder, criterion(run.recipe)[0])
-        ended = (first := best(run)) is not None and sum(step > first for step in steps) >= patience
+        first = best(run) or 0      # none, when no look was finite
+        ended = sum(step > first for step in history(run.folder, criterion(run.recipe)[0])) >= patience
     return bool(most(run.accelerator, ended))

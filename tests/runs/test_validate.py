@@ -82,12 +82,14 @@ def test_the_best_is_kept_before_it_is_said_and_no_other_is_handed_over(recipe, 
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("losses, best", [(["NaN", 0.3, 0.2, "Infinity", 0.2], 3), ([0.3, "NaN"], 1), (["-Infinity"], None)])
-def test_only_what_is_finite_can_be_the_best(tmp_path, losses, best):
+@pytest.mark.parametrize("losses, best, over", [
+    (["NaN", 0.3, 0.2, "Infinity", 0.2], 3, True), ([0.3, "NaN"], 1, False), (["-Infinity", "NaN"], None, True)])
+def test_only_what_is_finite_can_be_the_best(tmp_path, losses, best, over):
     lines = [f'{{"step": {step}, "validation_loss": {loss}}}\n' for step, loss in enumerate(losses, 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    train = SimpleNamespace(keep_best=True)
-    assert watch.best(SimpleNamespace(folder=RunFolder(tmp_path, "x"), recipe=SimpleNamespace(train=train))) == best
+    train, one = SimpleNamespace(keep_best=True, patience=2), SimpleNamespace(is_main_process=True, num_processes=1)
+    run = SimpleNamespace(folder=RunFolder(tmp_path, "x"), recipe=SimpleNamespace(train=train), accelerator=one)
+    assert watch.best(run) == best and watch.over(run) == over
 
 
 def test_patience(recipe, tmp_path, train, capsys):
