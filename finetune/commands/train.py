@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.artifact import read_tensors
 from finetune.commands._base import recipe_arguments
 from finetune.disk import write_json, write_text
 from finetune.errors import FinetuneError
@@ -94,8 +93,9 @@ def _train(loaded, args, folder, deadline: float) -> int:
         with run.ema.swapped() if run.ema else nullcontext():
             hand_over(run)
         if recipe.train.keep_best:
-            say(f"best      of step {best.best(run)} by {best.criterion(recipe)[0]}")
-            run.method.restore(read_tensors(folder.best))
+            step, parameters = best.kept(run)
+            say(f"best      of step {step} by {best.criterion(recipe)[0]}")
+            run.method.restore(parameters)
             hand_over(replace(run, folder=folder.of_best()))
         say(f"report    {report.write([folder.root], folder.root / report.NAME)}")
     accelerator.wait_for_everyone()

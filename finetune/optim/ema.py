@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 class Ema:
-    """Averages `parameters`; early steps use a smaller decay, (1 + n) / (10 + n), so that the start is forgotten."""
+    """Averages `parameters`; early steps use a smaller decay, (1 + n) / (10 + n), so that the start is forgotten. One that
+    rests is averaged on: its average comes to the value that the others are trained beside."""
 
     def __init__(self, parameters: dict[str, Tensor], decay: float):
         self.decay = decay

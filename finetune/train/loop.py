@@ -77,13 +77,17 @@ def one_step(run: Run, step: int, batches: list[Batch]) -> tuple[torch.Tensor, t
     """One optimizer step over this process's batches, whose losses are summed up. It is not applied when a loss or the
     gradient is not finite. Returns the sum and the norm of the gradient, both still on the device."""
     recipe, accelerator = run.recipe.train, run.accelerator
-    run.optimizer.train()
+    learning, resting = run.method.parted(step, recipe.max_steps)
     for group in run.optimizer.param_groups:
         group["now"] = step
         group["lr"] = 0.0 if step >= group["until"] else group["peak_lr"] * factor(
             step=step, max_steps=recipe.max_steps, warmup_steps=recipe.warmup_steps,
             **recipe.schedule.model_dump(exclude_none=True))
-    total, parameters = torch.zeros((), device=accelerator.device), run.parameters.values()
+        for p in group["params"] if step >= group["until"] else ():     # or schedule-free would move it to and fro
+            run.optimizer.state.pop(p, None)
+    run.optimizer.train()
+    total, norm = torch.zeros(2, device=accelerator.device)
+    parameters = run.parameters.values()
     with released(run.optimizer.optimizer, partial(apply, run)) if recipe.gradient_release else nullcontext() as norms:
         for batch in batches:
             seed_step(recipe.seed, batch.positions[0])
@@ -94,12 +98,14 @@ def one_step(run: Run, step: int, batches: list[Batch]) -> tuple[torch.Tensor, t
                     # × 1, or × NaN when this loss is not finite: then no process's gradient is, for they are averaged.
                     accelerator.backward(loss * (1 + 0 * loss.detach()))    # which may run blocks once more
             total += loss.detach()
-    if norms is None:
+    for p in resting.parameters().values():     # it neither counts in the norm nor is stepped
+        p.grad = None
+    if norms:
+        norm = torch.stack(norms).norm()
+    elif learning.methods:
         norm = accelerator.clip_grad_norm_(parameters, recipe.clip_norm or float("inf"))
         apply(run, norm)
-    else:
-        norm = torch.stack(norms).norm()
-    run.method.after_step()
+    learning.after_step()
     run.optimizer.eval()        # between steps the parameters are what is shown and saved; schedule-free steps elsewhere
     for p in parameters:        # not the optimizer's: of bfloat16 weights it holds others (optim/rounding.py)
         p.grad = None
@@ -122,15 +128,17 @@ def apply(run: Run, norm: torch.Tensor) -> None:
 
 
 def save(run: Run, done: int, window: Window) -> None:
-    """A checkpoint after `done` steps, by the main process. Raises FinetuneError for parameters that are not finite."""
+    """A checkpoint after `done` steps, written by the main process; all call it. Raises FinetuneError for parameters that are
+    not finite."""
     parameters = {name: p.detach().cpu().clone() for name, p in run.parameters.items()}
     if bad := [name for name, p in parameters.items() if not p.isfinite().all()]:
         raise FinetuneError(f"step {done}: {len(bad)} parameters are not finite ({bad[0]}); nothing of it is saved, the last "
                             "checkpoint stays. Lower train.learning_rate and start again with --fresh")
+    logged = window.values()
     if run.accelerator.is_main_process:
         tensors, plain = state_tensors(run.optimizer.optimizer)
         scaler = run.accelerator.scaler         # float16 alone has one, and its scale is history that a resume needs
-        plain = {"state": plain, "scaler": scaler and scaler.state_dict(), "window": window.values()}
+        plain = {"state": plain, "scaler": scaler and scaler.state_dict(), "window": logged}
         state = checkpoint.State(done, parameters, tensors, plain,
                                  {n: t.cpu() for n, t in run.ema.average.items()} if run.ema else None)
         checkpoint.save(run.folder, state, run.recipe.train.keep_checkpoints, run.recipe.train.keep_every)

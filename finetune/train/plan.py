@@ -228,7 +228,7 @@ def decoding(recipe: Recipe):
 
 
 def one_step(recipe: Recipe, parameters: list[torch.nn.Parameter], loss: Callable[[], Tensor]) -> None:
-    with released(parameters, lambda norm: None) if recipe.train.gradient_release else nullcontext():
+    with released(torch.optim.SGD(parameters), lambda norm: None) if recipe.train.gradient_release else nullcontext():
         loss().backward()
     for p in parameters:
         p.grad = None

@@ -48,8 +48,13 @@ class Together:
 
     def groups(self, learning_rate: float, steps: int) -> list[dict]:
         """Optimizer groups: `params`, `peak_lr`, and `until`, the step after which they rest."""
-        return [group | {"peak_lr": group["lr"], "until": round(method.words.until * steps)}
+        return [group | {"peak_lr": group["lr"], "until": until(method, steps)}
                 for method in self.methods for group in method.groups(learning_rate)]
+
+    def parted(self, step: int, steps: int) -> tuple["Together", "Together"]:
+        """Those that learn in this step, and those that rest."""
+        return (Together(tuple(method for method in self.methods if step < until(method, steps))),
+                Together(tuple(method for method in self.methods if step >= until(method, steps))))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: p for method in self.methods for name, p in method.parameters().items()}
@@ -70,6 +75,11 @@ class Together:
             for method in self.methods:
                 stack.enter_context(method.at(strength))
             yield
+
+
+def until(method, steps: int) -> int:
+    """The step in which a method begins to rest."""
+    return round(method.words.until * steps)
 
 
 def built(recipe: Recipe, tokens: Mapping[str, Token]) -> Together:

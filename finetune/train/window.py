@@ -19,17 +19,19 @@ from finetune.train import trackers
 from finetune.train.setup import Run
 
 GIVE_UP = 10        # skipped steps in a row
+HALVINGS = 40       # in a row, of float16's scale: from the 2**16 that it begins with to 2**-24, the least that float16 holds
 SHOWN = 8           # names of files in a line
 
 
 class Window:
     """The steps between two lines."""
 
-    def __init__(self, run: Run, losses: list[float] = (), norms: list[float] = (), skipped: int = 0):
+    def __init__(self, run: Run, losses: list[float] = (), norms: list[float] = (), skipped: int = 0, overflows: int = 0):
         where = run.accelerator.device
         self.run, self.begin, self.pictures = run, time.perf_counter(), 0
         self.losses, self.norms = ([torch.tensor(value, device=where) for value in values] for values in (losses, norms))
-        self.skipped = skipped          # steps in a row, up to the last line
+        # Steps in a row, up to the last line; GIVE_UP is final, so that a sound step after them does not hide them.
+        self.skipped, self.overflows = skipped, overflows
 
     def add(self, loss: torch.Tensor, norm: torch.Tensor, pictures: int) -> None:
         self.losses.append(loss)
@@ -37,21 +39,29 @@ class Window:
         self.pictures += pictures
 
     def values(self) -> dict:
-        """What a checkpoint keeps, so that the log of a resumed run is that of an uninterrupted one."""
-        return {"losses": [t.item() for t in self.losses], "norms": [t.item() for t in self.norms], "skipped": self.skipped}
+        """What a checkpoint keeps, so that the log of a resumed run is that of an uninterrupted one. All processes call it."""
+        return {"losses": self._losses(), "norms": [t.item() for t in self.norms], "skipped": self.skipped,
+                "overflows": self.overflows}
+
+    def _losses(self) -> list[float]:
+        """The means over all processes; in float64, so that what is the same in all of them, as after a resume, stays it."""
+        if not self.losses:
+            return []
+        return self.run.accelerator.gather(torch.stack(self.losses)[None]).cpu().double().mean(0).float().tolist()
 
     def close(self, done: int) -> dict[str, str]:
         """Append the lines; what the bar shows. `skipped` then counts the steps in a row that were."""
         run, accelerator = self.run, self.run.accelerator
-        losses = accelerator.reduce(torch.stack(self.losses), "mean").tolist()
-        norms = torch.stack(self.norms).tolist()
-        # A float16 gradient that overflows is how its scale is found, and the scaler skips that step by itself.
-        sound = [math.isfinite(loss) and (math.isfinite(norm) or accelerator.scaler is not None)
-                 for loss, norm in zip(losses, norms)]
-        for step, (loss, norm, fine) in enumerate(zip(losses, norms, sound), done - len(losses)):
-            self.skipped = 0 if fine else self.skipped + 1
-            if not fine:
+        losses, norms, sound = self._losses(), torch.stack(self.norms).tolist(), []
+        for step, (loss, norm) in enumerate(zip(losses, norms), done - len(losses)):
+            # A float16 gradient that overflows is how its scale is found, and the scaler skips that step by itself.
+            self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+            scaling = accelerator.scaler is not None and self.overflows <= HALVINGS
+            sound.append(math.isfinite(loss) and (math.isfinite(norm) or scaling))
+            if not sound[-1]:
                 self._skip(step, loss)
+            if self.skipped < GIVE_UP:
+                self.skipped = 0 if sound[-1] else self.skipped + 1
         seconds = time.perf_counter() - self.begin
         line = {"step": done, "loss": _mean(losses, sound), "grad_norm": _mean(norms, map(math.isfinite, norms)),
                 "lr": run.optimizer.param_groups[0]["lr"],
@@ -73,9 +83,9 @@ class Window:
     def check(self, done: int) -> None:
         """Raise FinetuneError when too many steps in a row were skipped."""
         if self.skipped >= GIVE_UP:
-            raise FinetuneError(f"step {done}: the last {self.skipped} steps were not finite and are skipped; the state "
-                                "before them is saved. Lower train.learning_rate, or leave out the pictures that "
-                                "metrics.jsonl names, and start again with --fresh")
+            raise FinetuneError(f"step {done}: {GIVE_UP} steps in a row were not finite and are skipped; the state without "
+                                "them is saved. Lower train.learning_rate, or leave out the pictures that metrics.jsonl "
+                                "names, and start again with --fresh")
 
 
 def _mean(values: list[float], counted) -> float | None:

@@ -77,6 +77,9 @@ def test_every_method_can_be_planned(recipe, method):
     plain = ["objective={adversarial: {}}"] if "vae" in method else []
     need = needs(load(recipe, [f"method={method}", *plain]).recipe)
     assert need.trained and need.phases["training"] > need.weights["vae" if "vae" in method else "denoiser"]
+    released = [*plain, "train.gradient_release=true", "train.clip_norm=null", "train.gradient_accumulation=1"]
+    if method == "{kind: full}":
+        assert needs(load(recipe, [f"method={method}", *released]).recipe).phases["training"] < need.phases["training"]
 
 
 @pytest.mark.parametrize("name, family", [("sd15-inpainting", "sd1"), ("sdxl", "sdxl"), ("sd3-medium", "sd3"), ("sd35-medium", "sd3"),

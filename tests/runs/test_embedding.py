@@ -4,10 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
 
 from finetune.artifact import read_tensors
 from finetune.cli import main
+from finetune.commands import train as command
+from finetune.train import loop
 
 
 def words(*methods: dict, **more) -> list[str]:
@@ -51,6 +54,33 @@ def test_a_run_is_proven_and_goes_on_bit_for_bit(coloured, train, tmp_path, meth
         path.unlink()
     assert train(coloured, cut, *orders) == 0
     assert {path.name: path.read_bytes() for path in (cut / "adapter").glob("*.safetensors")} == files
+
+
+@pytest.mark.parametrize("more", [
+    {"train.optimizer": "schedule_free_adamw"}, {"train.optimizer": "prodigy", "train.learning_rate": 1},
+    {"train.gradient_release": "true"}], ids=["schedule-free", "prodigy", "released"])
+def test_what_is_past_its_end_stays_as_it_is(coloured, train, tmp_path, monkeypatch, more):
+    """And takes no part in the norm that the other method's gradient is clipped by."""
+    norms, apply, released = [], loop.apply, "train.gradient_release" in more
+
+    def seen(run, norm):
+        norms.append((norm, sum(p.grad.square().sum() for p in run.parameters.values() if p.grad is not None) ** 0.5,
+                      {name.startswith("denoiser") for name, p in run.parameters.items() if p.grad is not None}))
+        apply(run, norm)
+
+    monkeypatch.setattr(loop, "apply", seen)
+    monkeypatch.setattr(command, "hand_over", lambda run: None)
+    lora = {"kind": "lora", "rank": 2, "until": 0.5, "max_norm": 1e-3}
+    orders = words(lora, TOKEN, **TEMPLATE, **{"train.clip_norm": "null", "train.gradient_accumulation": 1,
+                                               "train.schedule": "constant"}, **more)
+    assert train(coloured, tmp_path / "run", *orders) == 0
+    half, end = (read_tensors(tmp_path / "run" / "checkpoints" / f"step-0000000{done}" / "parameters.safetensors")
+                 for done in (2, 4))
+    rests = {name: torch.equal(end[name], value) for name, value in half.items()}
+    assert all(rest for name, rest in rests.items() if name.startswith("denoiser")) and not all(rests.values())
+    if not released:
+        assert [both for *_, both in norms] == 2 * [{True, False}] + 2 * [{False}]
+        assert all(norm == pytest.approx(found.item(), rel=1e-5) for norm, found, _ in norms)
 
 
 def test_a_token_that_no_caption_names_is_refused(coloured, train, tmp_path, capsys):

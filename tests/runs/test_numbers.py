@@ -1,11 +1,14 @@
 """A number that is not finite is never trained on, and training that does nothing is told."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from finetune.train import loop
+from finetune.errors import FinetuneError
+from finetune.train import loop, window
 
 
 class Crash(BaseException):
@@ -88,9 +91,35 @@ def test_a_skipped_step_leaves_no_gradient_behind(recipe, train, tmp_path, poiso
 def test_many_in_a_row_end_the_run_with_the_state_before_them(recipe, train, tmp_path, poison, capsys):
     poison(set(range(3, 40)))
     assert train(recipe, tmp_path / "run", *settings(train__max_steps=40, every__checkpoint=0)) == 2
-    assert "the last 11 steps were not finite" in capsys.readouterr().err      # seen at the next line
+    assert "step 14: 10 steps in a row were not finite" in capsys.readouterr().err      # seen at the next line
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000014"]
     assert not list((tmp_path / "run" / "adapter").iterdir())
+
+
+@pytest.mark.parametrize("scaler, losses, norms, ends, named", [
+    (None, "f" + 10 * "n" + "fff", 14 * "f", True, 10),            # sound steps behind them, within one line
+    (None, 2 * ("f" + 9 * "n"), 20 * "f", False, 18),
+    (1, 60 * "f", "n" + "f" + 40 * "n" + "f" + 17 * "n", False, 0),     # float16 looks for its scale
+    (1, 60 * "f", 10 * "f" + 50 * "n", True, 10),                  # and does not find one
+    (1, "f" + 10 * "n" + "f", "f" + 10 * "n" + "f", True, 10)])
+@pytest.mark.parametrize("cut", [0, 7])
+def test_what_is_counted_between_two_lines(monkeypatch, scaler, losses, norms, ends, named, cut):
+    """No GPU, so no scaler: of float16 the window alone. A resumed run says the same."""
+    lines, value = [], {"f": 1.0, "n": float("nan")}
+    monkeypatch.setattr(window, "write", lambda run, line: lines.append(line))
+    accelerator = SimpleNamespace(device=torch.device("cpu"), gather=lambda t: t, scaler=scaler, num_processes=1)
+    run = SimpleNamespace(accelerator=accelerator, optimizer=SimpleNamespace(param_groups=[{"lr": 1}]), say=lambda line: None,
+                          loader=SimpleNamespace(streams=[]))
+    counted = window.Window(run)
+    for done, (loss, norm) in enumerate(zip(losses, norms), 1):
+        counted.add(torch.tensor(value[loss]), torch.tensor(value[norm]), 1)
+        if done == cut:
+            counted = window.Window(run, **counted.values())
+        if done % 20 == 0 or done == len(losses):
+            counted.close(done)
+    assert sum("skipped" in line for line in lines) == named
+    with pytest.raises(FinetuneError, match="10 steps in a row") if ends else nullcontext():
+        counted.check(done)
 
 
 def test_a_rate_that_moves_nothing_is_told(recipe, train, tmp_path, capsys):

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from finetune.artifact import read_tensors
 from finetune.cli import main
 from finetune.header import read_header
+from finetune.runfolder import RunFolder
+from finetune.train import best as watch
 
 WATCHED = ["data.validation.fraction=0.3", "every.validate=2", "train.keep_best=true"]
 
@@ -54,6 +57,40 @@ def test_it_changes_no_bit_and_is_resumed(recipe, tmp_path, train, watched):
     assert train(recipe, watched, *given(WATCHED)) == 0
     assert [line for line in lines(watched, "validation_loss")] == found
     assert all((tensor == plain[name]).all() for name, tensor in read_tensors(watched / file).items())
+
+
+def test_the_best_is_kept_before_it_is_said_and_no_other_is_handed_over(recipe, tmp_path, train, monkeypatch, capsys):
+    """A kill as the parameters of the first best step are written; later, a log and a file that do not fit."""
+    run, few = tmp_path / "run", [*WATCHED, "train.max_steps=2", "train.learning_rate=1e-3"]
+
+    class Kill(BaseException):
+        pass
+
+    def kill(*args):
+        raise Kill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "write_safetensors", kill)
+        with pytest.raises(Kill):
+            train(recipe, run, *given(few))
+    assert train(recipe, run, *given(few)) == 0
+    assert read_header(run / "checkpoints" / "best.safetensors").metadata == {"step": "2"}
+    assert (run / "adapter" / "best" / "small.safetensors").is_file()
+    for loss, said in ((0.0, "best.safetensors does not hold step 1"), ("NaN", "no step whose validation_loss is finite")):
+        log = [f'{{"step": {step}, "validation_loss": {value}}}\n' for step, value in ((1, loss), (2, "NaN"))]
+        (run / "metrics.jsonl").write_text("".join(log))
+        assert train(recipe, run, *given(few)) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("losses, best, over", [
+    (["NaN", 0.3, 0.2, "Infinity", 0.2], 3, True), ([0.3, "NaN"], 1, False), (["-Infinity", "NaN"], None, True)])
+def test_only_what_is_finite_can_be_the_best(tmp_path, losses, best, over):
+    lines = [f'{{"step": {step}, "validation_loss": {loss}}}\n' for step, loss in enumerate(losses, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    train, one = SimpleNamespace(keep_best=True, patience=2), SimpleNamespace(is_main_process=True, num_processes=1)
+    run = SimpleNamespace(folder=RunFolder(tmp_path, "x"), recipe=SimpleNamespace(train=train), accelerator=one)
+    assert watch.best(run) == best and watch.over(run) == over
 
 
 def test_patience(recipe, tmp_path, train, capsys):
