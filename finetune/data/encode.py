@@ -18,7 +18,7 @@ from finetune.batch import Conditioning
 from finetune.data.cache import Cache, Entry, Rows, key
 from finetune.data.captions import Captions
 from finetune.data.index import Index
-from finetune.data.loader import Stream, View, ahead, view_pixels
+from finetune.data.loader import Stream, View, ahead, view_pixels, whole_mask
 from finetune.data.pixels import plan_crop
 from finetune.data.tables import Note
 from finetune.errors import FinetuneError
@@ -27,6 +27,7 @@ PIXELS = 2          # another number when pictures.py or pixels.py make other pi
 MAX_SCALED = 100_000_000
 MAX_CHARACTERS = 50_000     # of what a caption is made of: a hundred times what encoders read, and some 0.1 s of a tokenizer
 READERS = min(8, os.cpu_count() or 1)       # threads
+NOTHING_COUNTS = "its mask leaves nothing to train; remove the picture or set data.mask.unmasked_weight"
 Cut = Callable[[str], str]      # a caption → the end of it that the text encoder would lose
 
 
@@ -43,6 +44,19 @@ def check_pictures(index: Index, sizes: np.ndarray) -> list[Note]:
                   "remove it or allow data.buckets.upscale") for i in np.flatnonzero((sizes == 0).any(1))]
             + [Note("size", index.name(i), f"{index.width[i]} × {index.height[i]} pixels are too narrow: scaled to cover "
                     f"{sizes[i, 1]} × {sizes[i, 0]} they would fill the memory; crop the picture") for i in narrow])
+
+
+def check_masks(stream: Stream) -> list[Note]:
+    """The pictures of which nothing counts, where they are not encoded beforehand: that would tell."""
+    index, view = stream.index, stream.view
+
+    def empty(i: int) -> bool:
+        mask = whole_mask(index, i, view)
+        return mask is not None and mask.getbbox() is None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        rows = range(len(index)) if view.mask and not view.unmasked else ()
+        return [Note("mask", index.name(i), NOTHING_COUNTS) for i, none in zip(rows, ahead(pool, empty, rows, READERS)) if none]
 
 
 def check_captions(index: Index, captions: Captions) -> list[Note]:
@@ -111,8 +125,7 @@ def pictures(index: Index, sizes: np.ndarray, view: View, moments: Callable[[Ten
         if not found.isfinite().all():
             raise FinetuneError(f"{name}: the VAE gives latents that are not finite; try base.dtype: float32")
         if view.mask and not seen[1].any():
-            raise FinetuneError(f"{name}: its mask leaves nothing to train; remove the picture or set "
-                                "data.mask.unmasked_weight")
+            raise FinetuneError(f"{name}: {NOTHING_COUNTS}")
         return dict(zip(("moments", "mask"), (found, *seen[1:])))
 
     rows = Rows(cache or Cache(), "moments", keys(index, sizes, view, encoder), make)

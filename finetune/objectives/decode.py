@@ -48,7 +48,8 @@ class Decode:
             mask = batch.mask.repeat_interleave(x.shape[2] // batch.mask.shape[2], 2).repeat_interleave(
                 x.shape[3] // batch.mask.shape[3], 3)
             drawn, covered = torch.lerp(x, drawn, mask), mask.mean(dim=(1, 2, 3))
-        per_example = self.distance(drawn, x) / covered + regularizer
+        # A crop may hold nothing of its mask: it counts nothing.
+        per_example = self.distance(drawn, x) / covered.clamp(min=1e-6) + regularizer
         cost = per_example
         if self.adversary and torch.is_grad_enabled():
             cost = cost + self.adversary(drawn, x, per_example, batch.positions[0])

@@ -75,6 +75,8 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     if recipe.data.prior:
         ground.streams.append(learn(class_pictures(recipe, ground, accelerator, say), "class"))
     encode.refuse([problem for s in ground.all for problem in encode.check_pictures(s.index, s.sizes)])
+    encode.refuse([problem for s in ground.all if s.view.random_crop or recipe.objective.kind == "decode"
+                   for problem in encode.check_masks(s)])
     return ground
 
 

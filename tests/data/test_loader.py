@@ -214,3 +214,6 @@ def test_a_picture_whose_mask_leaves_nothing_is_named(tmp_path, streamed):
     stream = streamed(folder, 32, masks=str(masks), mask="files")
     with pytest.raises(FinetuneError, match="0.png: its mask leaves nothing"):
         encoded(stream)
+    cropped = streamed(folder, 32, masks=str(masks), mask="files", random_crop=True)        # encoded in every step
+    assert [(note.name, "leaves nothing" in note.text) for note in encode.check_masks(cropped)] == [(str(folder / "0.png"), True)]
+    assert not encode.check_masks(streamed(folder, 32, masks=str(masks), mask="files", unmasked=0.1))

@@ -90,6 +90,18 @@ def test_what_the_mask_leaves_out_costs_nothing():
     assert torch.allclose(half, error, rtol=1e-5)
 
 
+def test_a_crop_without_any_of_its_mask_costs_nothing_and_its_neighbour_what_it_did():
+    found, _ = family("kl")
+    mask = torch.ones(2, 1, 8, 8)
+    objective = decode.build(**WORDS)
+    whole = objective(found, batch(mask=mask), 0).per_example
+    mask[0] = 0
+    result = objective(found, batch(mask=mask), 0)
+    assert torch.equal(result.per_example, torch.stack([torch.tensor(0.0), whole[1]]))
+    result.loss.backward()
+    assert all(p.grad.isfinite().all() for p in found.parts["vae"].decoder.parameters())
+
+
 def judged(start: int = 0):
     """A family of which a whole VAE is trained, and an objective with an adversary."""
     found, method = family("kl", True)

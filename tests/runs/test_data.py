@@ -121,5 +121,9 @@ def test_an_edited_picture_is_another_run(everything, train, tmp_path, capsys):
     assert "data:" in capsys.readouterr().err
 
 
-def test_random_crops_of_buckets_with_their_masks(everything, train, tmp_path):
+def test_random_crops_of_buckets_with_their_masks(everything, train, tmp_path, capsys):
     assert train(everything, tmp_path / "run", "--set", "data.crop=random", "--set", "train.max_steps=2") == 0
+    Image.new("L", Image.open(tmp_path / "masks" / "r0.png").size).save(tmp_path / "masks" / "r0.png")
+    options = ["--set", "data.crop=random", "--set", "data.mask.unmasked_weight=0"]
+    assert train(everything, tmp_path / "other", *options) == 2
+    assert "r0.png: its mask leaves nothing to train" in capsys.readouterr().err
