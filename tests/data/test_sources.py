@@ -291,6 +291,27 @@ def test_a_row_without_picture_is_told(table, tmp_path):
     assert len(found) == 1 and len(found.notes) == 3 and "no picture in this row" in found.notes[0].text
 
 
+def test_a_row_may_name_a_file_of_its_dataset_and_no_other(tmp_path, monkeypatch):
+    """Not even by a link, and nothing that waits for a writer. Told of a stream too, whose files become bytes."""
+    own, theirs = tmp_path / "saved" / "own.png", tmp_path / "theirs.png"
+    names = [own, theirs, tmp_path / "saved" / "link.png", tmp_path / "saved" / "pipe.png", "/proc/self/environ"]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = pa.array([{"bytes": None, "path": str(name)} for name in names], kind)
+    table = datasets.Dataset(pa.table({"image": rows}))     # as a table of its own making: `datasets` puts files in
+    table.save_to_disk(tmp_path / "saved")
+    stream = table.cast_column("image", datasets.Image(decode=False)).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split, streaming: stream)
+    assert "which is no file of the hub" in refused("some/pictures", streaming=True, limit=1)
+    own.write_bytes(picture())
+    theirs.write_bytes(picture())
+    names[2].symlink_to(theirs)
+    os.mkfifo(names[3])
+    found = index(tmp_path / "saved")
+    assert [found.name(i) for i in range(len(found))] == [f"{tmp_path}/saved[0]"]
+    assert [str(name) in note.text and "no file of the dataset" in note.text for name, note in zip(names[1:], found.notes)
+            ] == [True] * 4
+
+
 def test_a_hub_id_that_cannot_be_loaded(monkeypatch):
     def load(path, split, streaming):
         raise ConnectionError("offline\nmore")
