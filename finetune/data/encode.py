@@ -20,12 +20,11 @@ from finetune.data.captions import Captions
 from finetune.data.index import Index
 from finetune.data.loader import Stream, View, ahead, view_pixels, whole_mask
 from finetune.data.pixels import plan_crop
-from finetune.data.tables import Note
+from finetune.data.tables import MAX_CHARACTERS, Note
 from finetune.errors import FinetuneError
 
 PIXELS = 2          # another number when pictures.py or pixels.py make other pixels of the same file: then all is encoded anew
 MAX_SCALED = 100_000_000
-MAX_CHARACTERS = 50_000     # of what a caption is made of: a hundred times what encoders read, and some 0.1 s of a tokenizer
 READERS = min(8, os.cpu_count() or 1)       # threads
 NOTHING_COUNTS = "its mask leaves nothing to train; remove the picture or set data.mask.unmasked_weight"
 Cut = Callable[[str], str]      # a caption → the end of it that the text encoder would lose

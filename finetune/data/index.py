@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,9 +18,9 @@ import pyarrow.compute as pc
 from finetune.data.examine import FACTS, examined
 from finetune.data.folders import LISTING, Folder, stem
 from finetune.data.memory import LISTED, Memory, chosen, find, home, key
-from finetune.data.pictures import SUFFIXES, Reading
+from finetune.data.pictures import MEMORY, SUFFIXES, Reading
 from finetune.data.sources import locate
-from finetune.data.tables import Note, printable
+from finetune.data.tables import Note, printable, whole
 from finetune.errors import FinetuneError, refuse
 from finetune.recipe.data import Images
 
@@ -63,7 +62,7 @@ class Index:
     def read_beside(self, i: int, kind: Literal["mask", "shown"]) -> bytes | None:
         """The file that counts the picture's pixels, or the one that the network is shown; None where there is none."""
         path = self._value(kind, i)
-        return None if path is None else self._read(i, Path(os.fsdecode(path)).read_bytes)
+        return None if path is None else self._read(i, lambda: whole(path, MEMORY))
 
     def take(self, rows: np.ndarray) -> "Index":
         return Index(self.places, self.table.take(rows), self.notes)

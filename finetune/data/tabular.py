@@ -14,7 +14,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from finetune.data.folders import LISTING
 from finetune.data.memory import Memory, home, key, used
-from finetune.data.tables import Note, columns, first_line
+from finetune.data.pictures import MEMORY
+from finetune.data.tables import Note, columns, first_line, whole
 from finetune.disk import replacing
 from finetune.errors import FinetuneError, nearest
 
@@ -65,7 +66,7 @@ class Saved:
         path = Path(os.path.realpath(picture["path"]))
         if not path.is_file() or not any(path.is_relative_to(folder) for folder in self.folders):
             raise OSError(0, f"the row holds no picture but the name {picture['path']!r}, which is no file of the dataset")
-        return path.read_bytes()
+        return whole(path, MEMORY)
 
     def portable(self, rows: pa.RecordBatch) -> Carried:
         carried = {}

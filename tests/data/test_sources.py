@@ -170,6 +170,24 @@ def test_a_name_is_always_printable(tmp_path):
     assert all(n.name.isprintable() for n in found.notes) and len(found.notes) == 1 and found.read(1) == picture(1, (9, 6))
 
 
+def test_files_that_are_far_too_long_are_not_read(tmp_path):
+    """Each has 50 GiB, of holes, and would fill the memory."""
+    (tmp_path / "x").mkdir()
+    folder(tmp_path / "x", **{"0.png": 0, "1.png": 1, "1.txt": "", "2.png": b"", "metadata.jsonl": ""})
+    for name in ("1.txt", "2.png", "metadata.jsonl"):
+        os.truncate(tmp_path / "x" / name, 50 * 2**30)
+    assert {n.name.rpartition("/")[2]: n.text for n in index(tmp_path / "x").notes if n.fatal} == {
+        "metadata.jsonl:1": "is a line of more than 2,097,152 bytes",
+        "1.txt": "cannot be read: 53,687,091,200 bytes are more than the 2,097,152 that are read",
+        "2.png": "not a readable picture (53,687,091,200 bytes are more than the 545,259,520 that are read); repair or remove it"}
+    header = tarfile.TarInfo("0.txt")
+    header.size = 50 * 2**30
+    (tmp_path / "a.tar").write_bytes(tar(tmp_path / "b.tar", ("0.png", picture())).read_bytes()[:1024] + header.tobuf())
+    os.truncate(tmp_path / "a.tar", header.size + 4096)
+    assert notes(index(tmp_path / "a.tar"), fatal=True) == [
+        f"text {tmp_path}/a.tar/0.txt: has more than 2,097,152 bytes; is it a caption?"]
+
+
 def test_a_folder_named_like_a_picture_and_a_pipe(tmp_path):
     folder(tmp_path, **{"a.png/b.png": 0})
     os.mkfifo(tmp_path / "c.png")
