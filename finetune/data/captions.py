@@ -19,6 +19,8 @@ from finetune.recipe.data import Tags
 # `{a|b}` with nothing that is still to be drawn inside: a `{name}` without alternatives is a word like any other.
 ALTERNATIVES = re.compile(r"\{((?:[^{}|]|\{[^{}|]*\})*\|(?:[^{}]|\{[^{}|]*\})*)\}")
 
+DEEPEST = 20        # braces in braces
+
 
 @dataclass(frozen=True)
 class Captions:
@@ -113,8 +115,16 @@ def resolved(text: str, pick: Callable[[list[str]], str]) -> str:
     return text
 
 
+def too_deep(text: str) -> bool:
+    """Whether braces stand in braces more than DEEPEST times: each level is a pass of `resolved` over all of the text."""
+    steps = (1 if brace == "{" else -1 for brace in text if brace in "{}")
+    return max(accumulate(steps, lambda depth, step: max(0, depth + step), initial=0)) > DEEPEST
+
+
 def fields(template: str, wildcards: bool = False) -> list[str]:
     """The columns that a template names. Raises FinetuneError for one that is not well formed."""
+    if wildcards and too_deep(template):
+        raise FinetuneError(f"data.caption.template: has more than {DEEPEST} braces in each other")
     whole = resolved(template, " ".join) if wildcards else template     # all alternatives beside each other
     try:
         parts = [part[1:] for part in Formatter().parse(whole) if part[1] is not None]

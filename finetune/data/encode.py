@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune import errors
 from finetune.batch import Conditioning
 from finetune.data.cache import Cache, Entry, Rows, key
-from finetune.data.captions import Captions
+from finetune.data.captions import DEEPEST, Captions, too_deep
 from finetune.data.index import Index
 from finetune.data.loader import Stream, View, ahead, view_pixels, whole_mask
 from finetune.data.pixels import plan_crop
@@ -66,6 +66,10 @@ def check_captions(index: Index, captions: Captions) -> list[Note]:
         problems += [Note("caption", index.name(i), f"the {name} beside it has {len(columns[name]):,} characters, and "
                           f"{MAX_CHARACTERS:,} are the most; is it a caption? Shorten it, or leave the picture out")
                      for name in named if len(columns.get(name, "")) > MAX_CHARACTERS]
+        if captions.wildcards:
+            problems += [Note("caption", index.name(i), f"the {name} beside it has more than {DEEPEST} braces in each other; "
+                              "write its alternatives flat, or leave out data.caption.wildcards")
+                         for name in named if too_deep(columns.get(name, ""))]
         if missing := captions.missing(columns):
             problems.append(Note("caption", index.name(i), f"no caption: it has no {', '.join(missing)}; write it into a .txt "
                                  "beside the picture or into metadata.jsonl, or set data.caption.template to a text "
