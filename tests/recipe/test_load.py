@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
@@ -304,6 +305,12 @@ def test_identity_holds_what_decides_the_numbers_and_nothing_else(write):
     for deciding in ("train.learning_rate=3e-4", "method.rank=4", "train.max_steps=3", "data.resolution=64",
                      "train.deterministic=true"):
         assert part(deciding) != part(), deciding
+    control = "method={kind: control}"
+    assert part(control, "data.condition=edges") == part(control, "data.condition=moved")
+    for name, content in (("one", b"1"), ("two", b"2"), ("moved", b"1")):
+        Path(name).write_bytes(content)
+    one, two, moved = (part(f"method.start_from={name}") for name in ("one", "two", "moved"))
+    assert one == moved and one != two and "nowhere" in str(part("method.start_from=nowhere"))
     assert difference(part(), part("train.learning_rate=3e-4", "method.rank=4")) == [
         "method.0.rank: 16 -> 4", "train.learning_rate: 0.0001 -> 0.0003"]
     assert difference({"a": 1}, {"b": 1}) == ["a: 1 -> absent", "b: absent -> 1"]
