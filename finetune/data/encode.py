@@ -55,7 +55,8 @@ def check_masks(stream: Stream) -> list[Note]:
 
     with ThreadPoolExecutor(READERS) as pool:
         rows = range(len(index)) if view.mask and not view.unmasked else ()
-        return [Note("mask", index.name(i), NOTHING_COUNTS) for i, none in zip(rows, ahead(pool, empty, rows, READERS)) if none]
+        found = zip(rows, ahead(pool, empty, rows, READERS))
+        return [Note("mask", index.name(i), NOTHING_COUNTS) for i, nothing in found if nothing]
 
 
 def check_captions(index: Index, captions: Captions) -> list[Note]:
@@ -117,7 +118,6 @@ def pictures(index: Index, sizes: np.ndarray, view: View, moments: Callable[[Ten
 
     def pixels(row: int) -> list[Tensor]:
         number, flip = divmod(row, variants)
-        whole(index, number)
         crop = plan_crop(int(index.width[number]), int(index.height[number]), tuple(sizes[number].tolist()))
         return view_pixels(index, number, view, crop, bool(flip))
 
@@ -146,13 +146,6 @@ def keys(index: Index, sizes: np.ndarray, view: View, encoder: str) -> Iterator[
             known = hashlib.blake2b(what[start:start + length], digest_size=16, key=shared)
             known.update(bytes([flip]))
             yield known.hexdigest()
-
-
-def whole(index: Index, number: int) -> None:
-    """Raise FinetuneError for a picture that was edited since it was indexed: what it shows now must not be kept under the
-    old content's key."""
-    if hashlib.sha256(index.read(number)).digest() != index.digest[number].tobytes():
-        raise FinetuneError(f"{index.name(number)}: has changed since it was read at the start; give the same command again")
 
 
 def texts(streams: Iterable[tuple[Index, Captions]], encode: Callable[[list[str]], Conditioning], cut_text: Cut,

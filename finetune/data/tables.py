@@ -142,7 +142,8 @@ def read_jsonl(path: bytes) -> Iterator[tuple[int, object]]:
 
 def read_csv(path: bytes) -> Iterator[tuple[int, object]]:
     with opened(path) as file:
-        reader = csv.reader((line.decode("utf-8-sig" if not n else "utf-8") for n, line in enumerate(lines(file))), strict=True)
+        text = (line.decode("utf-8-sig" if not n else "utf-8") for n, line in enumerate(lines(file)))
+        reader = csv.reader(text, strict=True)
         try:
             header = next(reader, [])
             if "file_name" not in header:

@@ -179,7 +179,8 @@ def test_files_that_are_far_too_long_are_not_read(tmp_path):
     assert {n.name.rpartition("/")[2]: n.text for n in index(tmp_path / "x").notes if n.fatal} == {
         "metadata.jsonl:1": "is a line of more than 2,097,152 bytes",
         "1.txt": "cannot be read: 53,687,091,200 bytes are more than the 2,097,152 that are read",
-        "2.png": "not a readable picture (53,687,091,200 bytes are more than the 545,259,520 that are read); repair or remove it"}
+        "2.png": "not a readable picture (53,687,091,200 bytes are more than the 545,259,520 that are read); "
+                 "repair or remove it"}
     header = tarfile.TarInfo("0.txt")
     header.size = 50 * 2**30
     (tmp_path / "a.tar").write_bytes(tar(tmp_path / "b.tar", ("0.png", picture())).read_bytes()[:1024] + header.tobuf())
