@@ -204,7 +204,8 @@ def stream(recipe: Recipe, stride: int, size: int, index: Index, role: Role = "l
         view = replace(view, random_crop=False, flip=False)
     order = Order(np.unique(fitted, axis=0, return_inverse=True)[1].ravel(), index.repeats, size, recipe.train.seed,
                   "order" if role == "learn" else f"{role} order")
-    return Stream(index, fitted, captions, view, order, None, weight, FIRST[role])
+    first = FIRST[role] // size * size if role == "class" else FIRST[role]      # a step's strata begin at multiples of it
+    return Stream(index, fitted, captions, view, order, None, weight, first)
 
 
 def class_pictures(recipe: Recipe, ground: Ground, accelerator: Accelerator, say: Say) -> Index:

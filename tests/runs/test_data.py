@@ -9,6 +9,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from finetune.artifact import read_tensors
+from finetune.diffusion import timesteps
+from finetune.recipe import load
+from finetune.train import ground
 
 SHAPES = [(40, 40), (64, 36), (36, 64), (60, 40)]
 
@@ -112,6 +115,15 @@ def test_class_pictures_are_made_once_and_the_missing_ones_alone(everything, tra
     assert train(everything, tmp_path / "e", "--set", "train.max_steps=1", "--set", f"data.prior.images={own}") == 0
     assert made == [3, 0, 1, 1, 0]      # two are there, and the third was made before
     assert "prior     3 class pictures" in (tmp_path / "e" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("size", [3, 4, 7])
+def test_class_pictures_share_out_the_noise_levels_of_a_step_too(everything, size):
+    recipe = load(everything).recipe
+    stream = ground.stream(recipe, 8, size, ground.found(recipe, "learn", print, True), "class")
+    for step in range(5):
+        drawn = timesteps.draw(0, [stream.first + step * size + slot for slot in range(size)], size)
+        assert sorted((drawn * size).int().tolist()) == [*range(size)]
 
 
 def test_an_edited_picture_is_another_run(everything, train, tmp_path, capsys):
