@@ -63,7 +63,7 @@ class Shards:
             status = os.stat(path)
             stat = repr((part, status.st_size, stamp(status)))
             shard = Shard(path, os.fsencode(file), part, stamp(status))
-            known, found = memory.once("tar", key("tar", os.path.abspath(path), path), stat, shard.looked_into)
+            known, found = memory.once("tar", key("tar", os.path.abspath(path), path, file), stat, shard.looked_into)
             notes += [Note(**note) for note in found]
             tables.append(known.replace_schema_metadata())
         return pa.concat_tables(tables).combine_chunks(), notes

@@ -245,6 +245,15 @@ def test_shards(tmp_path):
         found.read(0)
 
 
+def test_what_is_remembered_of_a_shard_has_the_names_of_its_pattern(tmp_path):
+    for folder in "xy":
+        (tmp_path / folder).mkdir()
+        tar(tmp_path / folder / "a.tar", ("1.png", picture(1)))
+    for pattern, own in (("x/*.tar", "x"), ("*/*.tar", "xy"), ("x/*.tar", "x")):
+        found = index(tmp_path / pattern)
+        assert [found.name(i) for i in range(len(found))] == [f"{tmp_path}/{folder}/a.tar/1.png" for folder in own]
+
+
 @pytest.mark.parametrize("hostile", [
     "/etc/a.png", "../a.png", "x/../../a.png", member("a.png", tarfile.SYMTYPE, "/etc/passwd"),
     member("a.png", tarfile.LNKTYPE, "good.png"), member("a.png", tarfile.CHRTYPE), member("a.png", tarfile.FIFOTYPE)])
