@@ -58,7 +58,8 @@ class Index:
     def read(self, i: int) -> bytes:
         """The picture's bytes. Raises FinetuneError when they cannot be read any more, or are others than at the start: what
         is trained, and kept in the cache, is what the run's identity tells."""
-        return _known(self.name(i), lambda: self._place(i).read(*(self._value(column, i) for column in PLACED)), self.digest[i])
+        where = [self._value(column, i) for column in PLACED]
+        return _known(self.name(i), lambda: self._place(i).read(*where), self.digest[i])
 
     def read_beside(self, i: int, kind: Literal["mask", "shown"]) -> bytes | None:
         """The file that counts the picture's pixels, or the one that the network is shown; None where there is none."""
