@@ -20,6 +20,7 @@ from PIL import Image
 
 from finetune import registry, tokens
 from finetune.families import base as families
+from finetune.formats import _tokens
 from finetune.formats import base as formats
 from finetune.objectives import _similarity as similarity
 from finetune.train import adapters
@@ -43,7 +44,7 @@ def pictures(run: Path, part: str, captions: list[str], files: list[Path] = (),
     """Sampled by our own sampler with the adapters merged and the tokens added, each from a seed of its own."""
     family = load(base)
     found = [(file, formats.load(file, family.spec)) for file in files]
-    learned = {formats.token(file): formats.rows(a) for file, a in found if a.kind == "embedding"}
+    learned = {_tokens.token(file): _tokens.rows(a) for file, a in found if a.kind == "embedding"}
     asked = [sampling.Order(caption, {}, 1000 + i) for i, caption in enumerate(captions)]
     with ExitStack() as stack:
         stack.enter_context(families.merged(family.parts, [(a, 1.0) for _, a in found if a.kind != "embedding"]))

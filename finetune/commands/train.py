@@ -89,6 +89,7 @@ def _train(loaded, args, folder, deadline: float) -> int:
     except loop.Stopped as e:
         say("stopped and saved; the same command continues")
         return 128 + e.number
+    run.optimizer.state.clear()     # a whole model's is larger than the model, and the proof loads that once more
     if main:
         with run.ema.swapped() if run.ema else nullcontext():
             hand_over(run)

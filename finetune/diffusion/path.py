@@ -50,18 +50,18 @@ def conversion(path: Path, t: Tensor) -> Tensor:
 
 def noised(path: Path, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t, shaped and typed like x0 (B, …)."""
-    a, b, _, _ = _like(x0, path.coefficients(t))
+    a, b = _like(x0, path.coefficients(t)[:2])
     return a * x0 + b * noise
 
 
 def target(path: Path, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """What the network should predict, shaped and typed like x0 (B, …)."""
-    _, _, c, d = _like(x0, path.coefficients(t))
+    c, d = _like(x0, path.coefficients(t)[2:])
     return c * x0 + d * noise
 
 
 def _like(x0: Tensor, coefficients: tuple[Tensor, ...]) -> list[Tensor]:
-    return [k.to(x0.dtype).to(x0.device).view(-1, *[1] * (x0.ndim - 1)) for k in coefficients]
+    return [k.to(x0.dtype).to(x0.device, non_blocking=True).view(-1, *[1] * (x0.ndim - 1)) for k in coefficients]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class RectifiedFlow:
 
     def time(self, fraction: Tensor, pixels: Tensor) -> Tensor:
         """Esser et al. 2024, eq. 23: a picture of n times the pixels needs √n times the σ = t / (1 − t) to look as noisy."""
-        shift = self.shift * pixels.cpu().double().sqrt() / self.reference if self.reference else self.shift
+        shift = self.shift * pixels.double().sqrt() / self.reference if self.reference else self.shift
         return shift * fraction / (1 + (shift - 1) * fraction)
 
     def told(self, t: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def _without_some_ranks(down: nn.Module, out: Tensor, method) -> Tensor:
     if not down.training:
         return out
     channels = 1 if isinstance(down, nn.Conv2d) else -1
-    stays = (torch.rand(out.shape[channels]) >= method.words.rank_dropout).to(out)
+    stays = (torch.rand(out.shape[channels]) >= method.words.rank_dropout).to(out.device, out.dtype, non_blocking=True)
     return (out.movedim(channels, -1) * (stays / (1 - method.words.rank_dropout))).movedim(-1, channels)
 
 

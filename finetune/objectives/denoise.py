@@ -40,16 +40,19 @@ class Denoise:
         if batch.beside is not None:
             conditioning = replace(conditioning, **family.beside(batch.beside, seed, positions))
         fraction = self.law(laws.draw(seed, positions, self.strata))
-        t = path.time(fraction, batch.geometry[:, 4:].prod(1))      # on the CPU, as all of the path
-        epsilon = self.epsilon.draw(x0.shape[1:], seed, positions)
-        x_t = paths.noised(path, x0, self.epsilon.perturbed(epsilon, seed, positions).to(device), t)
-        prediction = family.denoise(x_t, path.told(t).to(device), conditioning, batch.geometry)
+        t = path.time(fraction, torch.full((len(x0),), x0[0, 0].numel() * family.stride ** 2))   # on the CPU, as all of the path
         snr, conversion = paths.snr(path, t), paths.conversion(path, t)
-        cost = self.loss(prediction - paths.target(path, x0, epsilon.to(device), t), snr).mean(1, keepdim=True)
+        epsilon = self.epsilon.draw(x0.shape[1:], seed, positions)
+        # What the CPU has to say comes before the forward: a copy waits for what a GPU was given before it.
+        x_t = paths.noised(path, x0, self.epsilon.perturbed(epsilon, seed, positions).to(device, non_blocking=True), t)
+        target = paths.target(path, x0, epsilon.to(device, non_blocking=True), t)
+        told = path.told(t).to(device, non_blocking=True)
+        weight = (self.weight(snr, conversion) / conversion).float().to(device, non_blocking=True)
+        prediction = family.denoise(x_t, told, conditioning, batch.geometry)
+        cost = self.loss(prediction - target, snr).mean(1, keepdim=True)
         mask = torch.ones_like(cost) if batch.mask is None else batch.mask
         # A random crop may hold nothing of its mask: it counts nothing.
         per_example = (mask * cost).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3)).clamp(min=1e-6)
-        weight = (self.weight(snr, conversion) / conversion).float().to(device)
         return Losses((batch.weight * weight * per_example).sum() * batch.share, per_example.detach(), t)
 
 

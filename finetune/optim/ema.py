@@ -23,7 +23,7 @@ class Ema:
     @contextmanager
     def swapped(self):
         """Inside, the parameters hold their averages."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        kept = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
         try:
             self._fill(self.average)
             yield

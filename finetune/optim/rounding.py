@@ -15,13 +15,17 @@ from finetune.errors import FinetuneError
 def rounded(make: Callable[[list[dict]], Optimizer], groups: list[dict], seed: Callable[[int], int]) -> Optimizer:
     """The optimizer of these groups. In place of each bfloat16 parameter it holds a float32 one that exists during the step
     alone. `seed(now)` gives the chances of a step, with `now` its number as the first group has it."""
-    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+    pairs: dict[nn.Parameter, tuple[int, nn.Parameter]] = {}
 
     def stand_in(p: nn.Parameter) -> nn.Parameter:
         if p.dtype != torch.bfloat16:
             return p
-        pairs.append((nn.Parameter(torch.empty(0, device=p.device)), p))
-        return pairs[-1][0]
+        wide = nn.Parameter(torch.empty(0, device=p.device))
+        wide.stands_for, pairs[wide] = p, (len(pairs), p)
+        return wide
+
+    def held() -> list[tuple[nn.Parameter, int, nn.Parameter]]:
+        return [(wide, *pairs[wide]) for group in optimizer.param_groups for wide in group["params"] if wide in pairs]
 
     optimizer = make([group | {"params": [stand_in(p) for p in group["params"]]} for group in groups])
     if pairs and hasattr(optimizer, "eval"):
@@ -29,12 +33,12 @@ def rounded(make: Callable[[list[dict]], Optimizer], groups: list[dict], seed: C
                             "base.dtype: float32")
 
     def widen(*_) -> None:
-        for wide, p in pairs:
+        for wide, _, p in held():
             if p.grad is not None:
                 wide.data, wide.grad, p.grad = p.detach().float(), p.grad.float(), None
 
     def narrow(*_) -> None:
-        for number, (wide, p) in enumerate(pairs):
+        for wide, number, p in held():
             if wide.grad is None:
                 continue
             draw = torch.Generator(p.device).manual_seed((seed(optimizer.param_groups[0]["now"]) + number) % 2**63)
@@ -45,6 +49,11 @@ def rounded(make: Callable[[list[dict]], Optimizer], groups: list[dict], seed: C
         optimizer.register_step_pre_hook(widen)
         optimizer.register_step_post_hook(narrow)
     return optimizer
+
+
+def trained(held: nn.Parameter) -> nn.Parameter:
+    """The parameter that is trained, of one that such an optimizer holds."""
+    return getattr(held, "stands_for", held)
 
 
 def by_chance(x: Tensor, draw: torch.Generator) -> Tensor:

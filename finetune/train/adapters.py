@@ -11,6 +11,7 @@ from finetune.artifact import Artifact, weights_of
 from finetune.errors import FinetuneError
 from finetune.families import _control
 from finetune.families import base as families
+from finetune.formats import _tokens
 from finetune.formats import base as formats
 
 
@@ -69,7 +70,7 @@ def on(family, adapters: list[Adapter], factor: float = 1.0) -> Iterator[None]:
     """Inside, the base has the adapters at `factor` times their strength; at 0 it has no learned token either, and a control
     branch that adds nothing."""
     branches = [(each.artifact.tensors, each.strength * factor) for each in adapters if each.artifact.kind == "control"]
-    words = {formats.token(each.path): formats.rows(each.artifact) for each in adapters if each.artifact.kind == "embedding"}
+    words = {_tokens.token(each.path): _tokens.rows(each.artifact) for each in adapters if each.artifact.kind == "embedding"}
     weights = [(each.artifact, each.strength * factor) for each in adapters
                if each.artifact.kind not in ("embedding", "control") and each.strength * factor]
     with families.merged(family.parts, weights), tokens.added(family, words if factor else {}), \

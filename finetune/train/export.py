@@ -17,6 +17,7 @@ from finetune.data.loader import Stream
 from finetune.disk import write_text
 from finetune.errors import FinetuneError
 from finetune.families import base as families
+from finetune.formats import _tokens
 from finetune.formats import base as formats
 from finetune.formats import single_file
 from finetune.runfolder import RunFolder
@@ -99,7 +100,7 @@ def checked(run: Run, paths: list[Path]) -> dict[str, list[verify.Check]]:
     with run.method.at(0):
         tokens = {token: states for method in run.method.methods if method.kind == "embedding"
                   for token, states in said(run, method).items()}
-        return {path.name: verify.verify(path, run.family, tokens.get(formats.token(path), expected)) for path in paths}
+        return {path.name: verify.verify(path, run.family, tokens.get(_tokens.token(path), expected)) for path in paths}
 
 
 def said(run: Run, method) -> dict[str, dict[float, torch.Tensor]]:

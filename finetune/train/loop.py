@@ -84,15 +84,15 @@ def one_step(run: Run, step: int, batches: list[Batch]) -> tuple[torch.Tensor, t
             step=step, max_steps=recipe.max_steps, warmup_steps=recipe.warmup_steps,
             **recipe.schedule.model_dump(exclude_none=True))
     total, parameters = torch.zeros((), device=accelerator.device), run.parameters.values()
-    with released(parameters, partial(apply, run)) if recipe.gradient_release else nullcontext() as norms:
+    with released(run.optimizer.optimizer, partial(apply, run)) if recipe.gradient_release else nullcontext() as norms:
         for batch in batches:
             seed_step(recipe.seed, batch.positions[0])
             light = lean() if wanted(recipe, accelerator.device) else nullcontext()
             with light, nullcontext() if batch is batches[-1] else accelerator.no_sync(run.model):
                 with torch.compiler.set_stance("default") if recipe.compile else nullcontext():     # what is compiled is used
                     loss = run.model(to_device(batch, accelerator.device))
-                # × 1, or × NaN when this loss is not finite: then no process's gradient is, for they are averaged.
-                accelerator.backward(loss * (1 + 0 * loss.detach()))
+                    # × 1, or × NaN when this loss is not finite: then no process's gradient is, for they are averaged.
+                    accelerator.backward(loss * (1 + 0 * loss.detach()))    # which may run blocks once more
             total += loss.detach()
     if norms is None:
         norm = accelerator.clip_grad_norm_(parameters, recipe.clip_norm or float("inf"))

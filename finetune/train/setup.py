@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from PIL import Image
 
 from finetune import __version__, device, registry
@@ -38,6 +39,7 @@ from finetune.train.step import TrainStep
 from finetune.train.together import Together, built
 
 Say = Callable[[str], None]
+PATIENCE = timedelta(days=1)        # with one process that makes class pictures, previews or the proof, while the others wait
 PACKAGES = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate")     # whose code makes numbers
 
 
@@ -71,7 +73,8 @@ def accelerate(recipe: Recipe, folder: RunFolder | None = None) -> Accelerator:
     try:
         return Accelerator(mixed_precision=recipe.train.mixed_precision, log_with=tracked or None,
                            project_dir=folder and folder.root / "trackers", dynamo_backend="no",
-                           gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))
+                           gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+                           kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
     except ValueError as e:
         raise FinetuneError(f"train.mixed_precision: {recipe.train.mixed_precision} is not available here: {e}") from None
 
@@ -111,7 +114,8 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
     if own:
         groups.append({"params": [*own.values()], "lr": train.learning_rate, "peak_lr": train.learning_rate,
                        "until": train.max_steps})
-    optimizer = rounded(make, groups, lambda step: derive(train.seed, step, "rounding"))
+    optimizer = partial(rounded, make, groups, lambda step: derive(train.seed, step, "rounding"))
+    optimizer()     # for what it refuses: the true one is made where the weights are, once they are there
     if method.objective == "denoise":       # to decode, pictures are wanted themselves
         base = ground.encoded(base, method.trains, train.max_steps, accelerator, Cache(cache.home(), say))
     ground.let_go(recipe, base, method.trains)
@@ -126,7 +130,7 @@ def prepare(recipe: Recipe, folder: RunFolder, accelerator: Accelerator, say: Sa
         compile_blocks(family.parts["denoiser"], accelerator.device, cache.home().parent / "compiled")
     parameters = method.parameters()
     ema = Ema(parameters, train.ema.decay) if train.ema else None
-    model, optimizer = accelerator.prepare(TrainStep(family, method, objective, train.seed), optimizer)
+    model, optimizer = accelerator.prepare(TrainStep(family, method, objective, train.seed), optimizer())
     trained = sum(p.numel() for p in parameters.values())
     path = getattr(objective, "path", None) or family.path      # the recipe may have one of its own
     zero = ", zero terminal SNR" if isinstance(path, Discrete) and path.alphas_cumprod[-1] == 0 else ""

@@ -9,6 +9,7 @@ from finetune.batch import Conditioning
 from finetune.errors import FinetuneError
 from finetune.families import _control
 from finetune.families import base as families
+from finetune.formats import _tokens
 from finetune.formats import base as formats
 from finetune.methods.base import restore
 from finetune.recipe import schema
@@ -77,7 +78,7 @@ def output(family, prompt: str = "a red circle") -> torch.Tensor:
 def applied(family, artifacts: dict, strength: float):
     """A context in which the family has what is in the files."""
     if all(artifact.kind == "embedding" for artifact in artifacts.values()):
-        return tokens.added(family, {name: formats.rows(artifact) for name, artifact in artifacts.items()})
+        return tokens.added(family, {name: _tokens.rows(artifact) for name, artifact in artifacts.items()})
     if artifacts[""].kind == "control":
         return _control.added(family, [(artifacts[""].tensors, strength)])
     return families.merged(family.parts, [(artifact, strength) for artifact in artifacts.values()])

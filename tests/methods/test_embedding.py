@@ -6,6 +6,7 @@ import torch
 from finetune import registry, tokens
 from finetune.artifact import Artifact, read_header
 from finetune.errors import FinetuneError
+from finetune.formats import _tokens
 from finetune.formats import base as formats
 from finetune.formats._identify import identify
 
@@ -63,7 +64,7 @@ def test_files_hold_one_tensor_and_are_known_again(family, tmp_path, form, key):
     facts = identify(header)
     assert list(header.tensors) == [key] and (facts["kind"], facts["format"], facts["family"]) == ("embedding", form, "sd1")
     back = formats.load(path, family.spec)
-    assert back.metadata["ss_output_name"] == formats.token(path) == "sks-dog"
+    assert back.metadata["ss_output_name"] == _tokens.token(path) == "sks-dog"
     assert torch.equal(back.tensors["text.embedding"], artifact.tensors["text.embedding"])
 
 

@@ -33,7 +33,7 @@ def family(answer=lambda x, t: 0.5 * x):
         seen.update(x=x, t=t)
         return answer(x, t)
 
-    return SimpleNamespace(path=BASE, denoise=denoise, seen=seen)
+    return SimpleNamespace(stride=8, path=BASE, denoise=denoise, seen=seen)
 
 
 def test_perturbation_is_in_the_picture_and_not_in_the_target():

@@ -111,7 +111,7 @@ def test_the_loss_is_the_papers(words, path):
     batch = Batch(POSITIONS, [""] * 4, torch.tensor(EXAMPLES).float(), 1 / 4,
                   torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * 4), latents=latents,
                   conditioning=Conditioning(torch.zeros(4, 1, 1)))
-    family = SimpleNamespace(path=ddpm("scaled_linear", 0.00085, 0.012, 1000, "epsilon"),
+    family = SimpleNamespace(stride=SIDE // 3, path=ddpm("scaled_linear", 0.00085, 0.012, 1000, "epsilon"),
                              denoise=lambda x, t, *_: 0.5 * x + 1e-3 * t.float().view(-1, 1, 1, 1))
     x0, eps = latents.double().numpy(), noise.normal((4, 3, 3), SEED, POSITIONS, "noise").double().numpy()
     u = noise.uniforms(SEED, POSITIONS, "timestep").numpy()

@@ -104,3 +104,8 @@ def test_one_mistake(recipe, train, expected):
 def test_released_gradients_are_of_one_batch(recipe):
     with pytest.raises(FinetuneError, match="gradient_release: data.prior adds a batch to each step"):
         recipe("{gradient_release: true, clip_norm: null}", "data.prior={prompt: a dog}")
+
+
+def test_weights_in_bfloat16_are_not_trained_with_scaled_gradients(recipe):
+    with pytest.raises(FinetuneError, match="mixed_precision: fp16 scales gradients, which weights in base.dtype: bfloat16"):
+        recipe("{mixed_precision: fp16}", "method.kind=full", "base.dtype=bfloat16")
