@@ -108,10 +108,12 @@ def ordered(caption: str, how: Tags, seed: int, position: int) -> str:
 
 
 def resolved(text: str, pick: Callable[[list[str]], str]) -> str:
-    """The text with every `{a|b}` replaced by what `pick` makes of its alternatives, inner ones first."""
-    found = 1
-    while found:
+    """The text with every `{a|b}` replaced by what `pick` makes of its alternatives, inner ones first: down to DEEPEST, and
+    what is deeper is no caption that is trained (encode.check_captions)."""
+    for _ in range(DEEPEST):
         text, found = ALTERNATIVES.subn(lambda match: pick(match[1].split("|")), text)
+        if not found:
+            break
     return text
 
 

@@ -205,6 +205,7 @@ def nested(depth):
 
 def test_alternatives_nested_far_too_deeply_are_told_and_never_drawn(tmp_path, streamed):
     """Each level is a pass over the whole caption: 8000 of them took 26 s a draw."""
+    assert drawn(WILD, {"text": nested(20)}, 1) == ["a"] and "{a|" in drawn(WILD, {"text": nested(8000)}, 1)[0]
     for depth, told in ((20, False), (21, True)):
         (tmp_path / f"{depth}").mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / f"{depth}" / "0.png")
