@@ -19,6 +19,8 @@ from finetune.recipe.data import Tags
 # `{a|b}` with nothing that is still to be drawn inside: a `{name}` without alternatives is a word like any other.
 ALTERNATIVES = re.compile(r"\{((?:[^{}|]|\{[^{}|]*\})*\|(?:[^{}]|\{[^{}|]*\})*)\}")
 
+DEEPEST = 20        # braces in braces
+
 
 @dataclass(frozen=True)
 class Captions:
@@ -106,15 +108,25 @@ def ordered(caption: str, how: Tags, seed: int, position: int) -> str:
 
 
 def resolved(text: str, pick: Callable[[list[str]], str]) -> str:
-    """The text with every `{a|b}` replaced by what `pick` makes of its alternatives, inner ones first."""
-    found = 1
-    while found:
+    """The text with every `{a|b}` replaced by what `pick` makes of its alternatives, inner ones first: down to DEEPEST, and
+    what is deeper is no caption that is trained (encode.check_captions)."""
+    for _ in range(DEEPEST):
         text, found = ALTERNATIVES.subn(lambda match: pick(match[1].split("|")), text)
+        if not found:
+            break
     return text
+
+
+def too_deep(text: str) -> bool:
+    """Whether braces stand in braces more than DEEPEST times: each level is a pass of `resolved` over all of the text."""
+    steps = (1 if brace == "{" else -1 for brace in text if brace in "{}")
+    return max(accumulate(steps, lambda depth, step: max(0, depth + step), initial=0)) > DEEPEST
 
 
 def fields(template: str, wildcards: bool = False) -> list[str]:
     """The columns that a template names. Raises FinetuneError for one that is not well formed."""
+    if wildcards and too_deep(template):
+        raise FinetuneError(f"data.caption.template: has more than {DEEPEST} braces in each other")
     whole = resolved(template, " ".join) if wildcards else template     # all alternatives beside each other
     try:
         parts = [part[1:] for part in Formatter().parse(whole) if part[1] is not None]

@@ -16,17 +16,17 @@ from torch import Tensor
 from finetune import errors
 from finetune.batch import Conditioning
 from finetune.data.cache import Cache, Entry, Rows, key
-from finetune.data.captions import Captions
+from finetune.data.captions import DEEPEST, Captions, too_deep
 from finetune.data.index import Index
-from finetune.data.loader import Stream, View, ahead, view_pixels
+from finetune.data.loader import Stream, View, ahead, view_pixels, whole_mask
 from finetune.data.pixels import plan_crop
-from finetune.data.tables import Note
+from finetune.data.tables import MAX_CHARACTERS, Note
 from finetune.errors import FinetuneError
 
 PIXELS = 2          # another number when pictures.py or pixels.py make other pixels of the same file: then all is encoded anew
 MAX_SCALED = 100_000_000
-MAX_CHARACTERS = 50_000     # of what a caption is made of: a hundred times what encoders read, and some 0.1 s of a tokenizer
 READERS = min(8, os.cpu_count() or 1)       # threads
+NOTHING_COUNTS = "its mask leaves nothing to train; remove the picture or set data.mask.unmasked_weight"
 Cut = Callable[[str], str]      # a caption → the end of it that the text encoder would lose
 
 
@@ -45,6 +45,20 @@ def check_pictures(index: Index, sizes: np.ndarray) -> list[Note]:
                     f"{sizes[i, 1]} × {sizes[i, 0]} they would fill the memory; crop the picture") for i in narrow])
 
 
+def check_masks(stream: Stream) -> list[Note]:
+    """The pictures of which nothing counts, where they are not encoded beforehand: that would tell."""
+    index, view = stream.index, stream.view
+
+    def empty(i: int) -> bool:
+        mask = whole_mask(index, i, view)
+        return mask is not None and mask.getbbox() is None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        rows = range(len(index)) if view.mask and not view.unmasked else ()
+        found = zip(rows, ahead(pool, empty, rows, READERS))
+        return [Note("mask", index.name(i), NOTHING_COUNTS) for i, nothing in found if nothing]
+
+
 def check_captions(index: Index, captions: Captions) -> list[Note]:
     """The pictures that no caption can be made of."""
     problems, named = [], captions.columns()
@@ -53,6 +67,10 @@ def check_captions(index: Index, captions: Captions) -> list[Note]:
         problems += [Note("caption", index.name(i), f"the {name} beside it has {len(columns[name]):,} characters, and "
                           f"{MAX_CHARACTERS:,} are the most; is it a caption? Shorten it, or leave the picture out")
                      for name in named if len(columns.get(name, "")) > MAX_CHARACTERS]
+        if captions.wildcards:
+            problems += [Note("caption", index.name(i), f"the {name} beside it has more than {DEEPEST} braces in each other; "
+                              "write its alternatives flat, or leave out data.caption.wildcards")
+                         for name in named if too_deep(columns.get(name, ""))]
         if missing := captions.missing(columns):
             problems.append(Note("caption", index.name(i), f"no caption: it has no {', '.join(missing)}; write it into a .txt "
                                  "beside the picture or into metadata.jsonl, or set data.caption.template to a text "
@@ -100,7 +118,6 @@ def pictures(index: Index, sizes: np.ndarray, view: View, moments: Callable[[Ten
 
     def pixels(row: int) -> list[Tensor]:
         number, flip = divmod(row, variants)
-        whole(index, number)
         crop = plan_crop(int(index.width[number]), int(index.height[number]), tuple(sizes[number].tolist()))
         return view_pixels(index, number, view, crop, bool(flip))
 
@@ -111,8 +128,7 @@ def pictures(index: Index, sizes: np.ndarray, view: View, moments: Callable[[Ten
         if not found.isfinite().all():
             raise FinetuneError(f"{name}: the VAE gives latents that are not finite; try base.dtype: float32")
         if view.mask and not seen[1].any():
-            raise FinetuneError(f"{name}: its mask leaves nothing to train; remove the picture or set "
-                                "data.mask.unmasked_weight")
+            raise FinetuneError(f"{name}: {NOTHING_COUNTS}")
         return dict(zip(("moments", "mask"), (found, *seen[1:])))
 
     rows = Rows(cache or Cache(), "moments", keys(index, sizes, view, encoder), make)
@@ -130,13 +146,6 @@ def keys(index: Index, sizes: np.ndarray, view: View, encoder: str) -> Iterator[
             known = hashlib.blake2b(what[start:start + length], digest_size=16, key=shared)
             known.update(bytes([flip]))
             yield known.hexdigest()
-
-
-def whole(index: Index, number: int) -> None:
-    """Raise FinetuneError for a picture that was edited since it was indexed: what it shows now must not be kept under the
-    old content's key."""
-    if hashlib.sha256(index.read(number)).digest() != index.digest[number].tobytes():
-        raise FinetuneError(f"{index.name(number)}: has changed since it was read at the start; give the same command again")
 
 
 def texts(streams: Iterable[tuple[Index, Captions]], encode: Callable[[list[str]], Conditioning], cut_text: Cut,

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from finetune.data.memory import LISTED, Memory, chosen, stamp
-from finetune.data.pictures import SUFFIXES
-from finetune.data.tables import READERS, SIDECARS, Note, assign, merged, printable, read_sidecars, read_table
+from finetune.data.pictures import MEMORY, SUFFIXES
+from finetune.data.tables import READERS, SIDECARS, Note, assign, merged, printable, read_sidecars, read_table, whole
 
 LISTING = pa.schema([*LISTED, ("columns", pa.large_binary())])
 PICTURES = {suffix.encode() for suffix in SUFFIXES}
@@ -40,8 +40,7 @@ class Folder:
         return os.path.abspath(self.path)
 
     def read(self, name: bytes, part: int, offset: int, size: int) -> bytes:
-        with open(os.path.join(os.fsencode(self.path), name), "rb", buffering=0) as file:
-            return file.readall()
+        return whole(os.path.join(os.fsencode(self.path), name), MEMORY)
 
     def soon(self, rows: list[tuple]) -> None:
         for name, *_ in rows:

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from hashlib import sha256
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,9 +18,9 @@ import pyarrow.compute as pc
 from finetune.data.examine import FACTS, examined
 from finetune.data.folders import LISTING, Folder, stem
 from finetune.data.memory import LISTED, Memory, chosen, find, home, key
-from finetune.data.pictures import SUFFIXES, Reading
+from finetune.data.pictures import MEMORY, SUFFIXES, Reading
 from finetune.data.sources import locate
-from finetune.data.tables import Note, printable
+from finetune.data.tables import Note, printable, whole
 from finetune.errors import FinetuneError, refuse
 from finetune.recipe.data import Images
 
@@ -57,13 +56,16 @@ class Index:
         return json.loads(self._value("columns", i))
 
     def read(self, i: int) -> bytes:
-        """The picture's bytes as they are now. Raises FinetuneError when they cannot be read any more."""
-        return self._read(i, lambda: self._place(i).read(*(self._value(column, i) for column in PLACED)))
+        """The picture's bytes. Raises FinetuneError when they cannot be read any more, or are others than at the start: what
+        is trained, and kept in the cache, is what the run's identity tells."""
+        where = [self._value(column, i) for column in PLACED]
+        return _known(self.name(i), lambda: self._place(i).read(*where), self.digest[i])
 
     def read_beside(self, i: int, kind: Literal["mask", "shown"]) -> bytes | None:
         """The file that counts the picture's pixels, or the one that the network is shown; None where there is none."""
         path = self._value(kind, i)
-        return None if path is None else self._read(i, Path(os.fsdecode(path)).read_bytes)
+        digests = {"mask": self.mask_digest, "shown": self.shown_digest}[kind]
+        return None if path is None else _known(printable(path), lambda: whole(path, MEMORY), digests[i])
 
     def take(self, rows: np.ndarray) -> "Index":
         return Index(self.places, self.table.take(rows), self.notes)
@@ -86,12 +88,6 @@ class Index:
 
     def _place(self, i: int):
         return self.places[self.source[i]]
-
-    def _read(self, i: int, read: Callable[[], bytes]) -> bytes:
-        try:
-            return read()
-        except OSError as e:
-            raise FinetuneError(f"{self.name(i)}: cannot be read any more ({e.strerror or e})") from None
 
     def _digests(self, column: str) -> np.ndarray:
         values = self.table[column].combine_chunks()
@@ -201,6 +197,16 @@ def paired(column: str, word: str, tables: list[pa.Table], places: list, folder:
     for n in np.flatnonzero(~used).tolist():
         note(place, files, n, "there is no picture of this name", False)
     return done, notes
+
+
+def _known(name: str, read: Callable[[], bytes], digest: np.ndarray) -> bytes:
+    try:
+        data = read()
+    except OSError as e:
+        raise FinetuneError(f"{name}: cannot be read any more ({e.strerror or e})") from None
+    if sha256(data).digest() != digest.tobytes():
+        raise FinetuneError(f"{name}: has changed since it was read at the start; give the same command again")
+    return data
 
 
 def _stems(table: pa.Table) -> pa.ChunkedArray:

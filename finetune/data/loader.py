@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from finetune.batch import Batch, Conditioning, joined
@@ -136,11 +137,18 @@ def view_pixels(index: Index, example: int, view: View, crop: Crop, flip: bool) 
     name, data = index.name(example), index.read(example)
     seen = [fit(pictures.read(data, name, view.reading), crop, flip)]
     if view.mask:
-        mask = pictures.alpha(data, name, view.reading) if view.mask == "alpha" else \
-            pictures.mask(index.read_beside(example, "mask"), f"the mask of {name}", view.reading)
+        mask = whole_mask(index, example, view, data)
         seen.append(torch.ones(1, crop.height // view.stride, crop.width // view.stride) if mask is None
                     else fit_mask(mask, crop, flip, view.stride, view.unmasked))
     return seen
+
+
+def whole_mask(index: Index, example: int, view: View, data: bytes | None = None) -> Image.Image | None:
+    """The mask before it is cut; None for an opaque picture, which counts everywhere. `data` may have been read already."""
+    name = index.name(example)
+    if view.mask == "alpha":
+        return pictures.alpha(data or index.read(example), name, view.reading)
+    return pictures.mask(index.read_beside(example, "mask"), f"the mask of {name}", view.reading)
 
 
 class Loader:

@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from finetune.data.folders import LISTING, PICTURES, fetch
 from finetune.data.memory import Memory, key, stamp
-from finetune.data.tables import SIDECARS, Note, columns, first_line, not_utf8, printable, sidecar
+from finetune.data.pictures import MEMORY
+from finetune.data.tables import SIDECARS, TEXT_BYTES, Note, columns, first_line, fits, not_utf8, printable, sidecar
 
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 WRITTEN = (".json", *reversed(SIDECARS))        # the last word counts
@@ -40,6 +41,7 @@ class Shards:
         return os.path.abspath(self.pattern)
 
     def read(self, name: bytes, part: int, offset: int, size: int) -> bytes:
+        fits(size, MEMORY)
         with open(os.path.join(self.folder, self.files[part]), "rb") as file:
             file.seek(offset)
             data = file.read(size)
@@ -61,7 +63,7 @@ class Shards:
             status = os.stat(path)
             stat = repr((part, status.st_size, stamp(status)))
             shard = Shard(path, os.fsencode(file), part, stamp(status))
-            known, found = memory.once("tar", key("tar", os.path.abspath(path), path), stat, shard.looked_into)
+            known, found = memory.once("tar", key("tar", os.path.abspath(path), path, file), stat, shard.looked_into)
             notes += [Note(**note) for note in found]
             tables.append(known.replace_schema_metadata())
         return pa.concat_tables(tables).combine_chunks(), notes
@@ -117,6 +119,8 @@ class Shard:
         example, suffix = folder + slash + example, dot + suffix.lower()
         if suffix[suffix.rfind("."):].encode() in PICTURES:
             self.pictures.setdefault(example, []).append((member.name, member.offset_data, member.size))
+        elif suffix in WRITTEN and member.size > TEXT_BYTES:
+            self.note("text", member.name, f"has more than {TEXT_BYTES:,} bytes; is it a caption?")
         elif suffix in WRITTEN:
             self.written.setdefault(example, {})[suffix] = tar.extractfile(member).read()
 

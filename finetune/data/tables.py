@@ -20,6 +20,8 @@ import pyarrow.parquet
 from finetune.data.memory import Found, Memory, chosen, find, key, portions
 from finetune.data.pictures import SUFFIXES
 
+MAX_CHARACTERS = 50_000     # of what a caption is made of: a hundred times what encoders read, and some 0.1 s of a tokenizer
+TEXT_BYTES = 2**21          # of a sidecar, or of a line of a table: longer ones are not read
 SIDECARS = (".txt", ".caption")         # the first that is there counts
 NOTHING = b"{}"
 TO_JSON = json.JSONEncoder(ensure_ascii=False, sort_keys=True, default=str).encode
@@ -59,6 +61,18 @@ def columns(row: dict) -> bytes:
 def sidecar(data: bytes) -> dict:
     """The columns that a `.txt` gives. Raises UnicodeDecodeError."""
     return {"text": " ".join(data.decode("utf-8-sig").split())}
+
+
+def whole(path: str | bytes, most: int) -> bytes:
+    """A file's bytes. Raises OSError for more than `most`: such a one is not read at all."""
+    with open(path, "rb", buffering=0) as file:
+        fits(os.fstat(file.fileno()).st_size, most)
+        return file.readall()
+
+
+def fits(size: int, most: int) -> None:
+    if size > most:
+        raise OSError(0, f"{size:,} bytes are more than the {most:,} that are read")
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
@@ -103,9 +117,18 @@ class Broken(Exception):
         self.line = line
 
 
+def lines(file) -> Iterator[bytes]:
+    number = 0
+    while line := file.readline(TEXT_BYTES + 1):
+        number += 1
+        if len(line) > TEXT_BYTES:
+            raise Broken(number, f"is a line of more than {TEXT_BYTES:,} bytes")
+        yield line
+
+
 def read_jsonl(path: bytes) -> Iterator[tuple[int, object]]:
     with opened(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines(file), 1):
             try:
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as e:
@@ -119,7 +142,8 @@ def read_jsonl(path: bytes) -> Iterator[tuple[int, object]]:
 
 def read_csv(path: bytes) -> Iterator[tuple[int, object]]:
     with opened(path) as file:
-        reader = csv.reader((line.decode("utf-8-sig" if not n else "utf-8") for n, line in enumerate(file)), strict=True)
+        text = (line.decode("utf-8-sig" if not n else "utf-8") for n, line in enumerate(lines(file)))
+        reader = csv.reader(text, strict=True)
         try:
             header = next(reader, [])
             if "file_name" not in header:
@@ -200,8 +224,7 @@ def read_sidecars(prefix: str, root: bytes, listed: pa.Table, memory: Memory) ->
                 text = reason = None
                 lasting.append(True)
                 try:
-                    with open(os.path.join(root, name), "rb") as file:
-                        text = columns(sidecar(file.read()))
+                    text = columns(sidecar(whole(os.path.join(root, name), TEXT_BYTES)))
                 except UnicodeDecodeError as e:
                     reason = not_utf8(e)
                 except OSError as e:

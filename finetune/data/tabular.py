@@ -9,10 +9,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from finetune.data.folders import LISTING
 from finetune.data.memory import Memory, home, key, used
-from finetune.data.tables import Note, columns, first_line
+from finetune.data.pictures import MEMORY
+from finetune.data.tables import Note, columns, first_line, whole
 from finetune.disk import replacing
 from finetune.errors import FinetuneError, nearest
 
@@ -35,9 +38,10 @@ class Carried:
 
 
 class Saved:
-    """A table with a column of pictures."""
+    """A table with a column of pictures. A row may name a file in one of the dataset's own `folders`, and no other: who made
+    the dataset is not to choose what is read of this machine."""
 
-    def __init__(self, table: datasets.Dataset, title: str, image: str, limit: int | None):
+    def __init__(self, table: datasets.Dataset, title: str, image: str, limit: int | None, folders: tuple[str, ...] = ()):
         if image not in table.column_names:
             raise FinetuneError(f"{title} has no column {image}{nearest(image, table.column_names)}\n"
                                 f"    there are: {', '.join(table.column_names)}; `image` names the one with the pictures")
@@ -51,7 +55,7 @@ class Saved:
                       and not feature.dtype.endswith("binary"))}
         self.words, self.image, self.prefix = table.select_columns(list(words)).with_format("arrow"), image, title
         self.classes = {name: feature for name, feature in words.items() if isinstance(feature, datasets.ClassLabel)}
-        self.identity = f"{os.path.abspath(title)} {image}"
+        self.identity, self.folders = f"{os.path.abspath(title)} {image}", [os.path.realpath(folder) for folder in folders]
 
     def read(self, name: bytes, part: int, offset: int, size: int) -> bytes:
         picture = self.pictures[offset][self.image]
@@ -59,7 +63,10 @@ class Saved:
             return picture["bytes"]
         if not picture or not picture["path"]:
             raise OSError(0, "there is no picture in this row")
-        return Path(picture["path"]).read_bytes()
+        path = Path(os.path.realpath(picture["path"]))
+        if not path.is_file() or not any(path.is_relative_to(folder) for folder in self.folders):
+            raise OSError(0, f"the row holds no picture but the name {picture['path']!r}, which is no file of the dataset")
+        return whole(path, MEMORY)
 
     def portable(self, rows: pa.RecordBatch) -> Carried:
         carried = {}
@@ -111,14 +118,14 @@ def saved(path: str, source) -> Saved:
         table, title = table[source.split], f"{path}[{source.split}]"
     elif source.split not in ("train", str(table.split)):
         raise FinetuneError(f"{path} has no split {source.split}; it is one table")
-    return Saved(table, title, source.image, source.limit)
+    return Saved(table, title, source.image, source.limit, (path,))
 
 
 def from_hub(source) -> Saved:
     """A dataset of the hub: downloaded, or the first rows of it, read once and kept."""
     title = f"{source.path}[{source.split}]"
     if not source.streaming:
-        return Saved(_load(source), title, source.image, source.limit)
+        return Saved(_load(source), title, source.image, source.limit, (HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE))
     if not source.limit:
         raise FinetuneError("streaming needs a limit: how many examples to read")
     kept = home() / "streams" / f"{key(source.path, source.split, source.limit)}.arrow"
@@ -152,10 +159,25 @@ def _keep(stream, limit: int, file: Path) -> None:
     with ExitStack() as opened:
         writer = schema = None
         for batch in stream.with_format("arrow").iter(SEVERAL):
-            batch = datasets.table.embed_table_storage(batch)
+            batch = datasets.table.embed_table_storage(_of_the_hub(batch))
             if not writer:
                 schema, sink = batch.schema, opened.enter_context(pa.OSFile(str(file), "wb"))
                 writer = opened.enter_context(pa.ipc.new_stream(sink, schema))
             writer.write_table(batch.cast(schema))
         if not writer:
             raise ValueError("it has no rows")
+
+
+def _of_the_hub(batch: pa.Table) -> pa.Table:
+    """The columns that are used. Raises ValueError for a picture that is neither in its row nor a file of the hub."""
+    pictures = [name for name in batch.column_names if {"bytes", "path"} <= {field.name for field in _inner(batch[name].type)}]
+    for name in pictures:
+        named = batch[name].filter(pc.is_null(pc.struct_field(batch[name], "bytes")))
+        for path in filter(None, pc.struct_field(named, "path").to_pylist()):
+            if not path.rpartition("::")[2].startswith("hf://"):
+                raise ValueError(f"a row holds no picture but the name {path!r}, which is no file of the hub")
+    return batch.select([name for name in batch.column_names if name in pictures or not pa.types.is_nested(batch[name].type)])
+
+
+def _inner(kind: pa.DataType) -> list[pa.Field]:
+    return [kind.field(n) for n in range(kind.num_fields)] if pa.types.is_struct(kind) else []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from finetune import device
 from finetune.batch import Batch, Losses
 from finetune.diffusion import noise
 from finetune.objectives import _adversary as adversary
@@ -48,7 +49,8 @@ class Decode:
             mask = batch.mask.repeat_interleave(x.shape[2] // batch.mask.shape[2], 2).repeat_interleave(
                 x.shape[3] // batch.mask.shape[3], 3)
             drawn, covered = torch.lerp(x, drawn, mask), mask.mean(dim=(1, 2, 3))
-        per_example = self.distance(drawn, x) / covered + regularizer
+        # A crop may hold nothing of its mask: it counts nothing.
+        per_example = self.distance(drawn, x) / covered.clamp(min=1e-6) + regularizer
         cost = per_example
         if self.adversary and torch.is_grad_enabled():
             cost = cost + self.adversary(drawn, x, per_example, batch.positions[0])
@@ -58,7 +60,8 @@ class Decode:
     def encoded(self, vae, x: Tensor, seed: int, positions: list[int]) -> tuple[Tensor, Tensor]:
         """Latents of the VAE's own scale and, (B,), their KL for each number of the picture, as LDM's factor wants it; of a
         VQ the latents before the codebook, and 0."""
-        found = vae.encode(x.to(vae.dtype))
+        with device.exact(x):       # latents are those that a denoiser is trained and sampled with: families/_latents.py
+            found = vae.encode(x.to(vae.dtype))
         if "latents" in found:
             return found.latents, torch.zeros(len(x), device=x.device)
         posterior = found.latent_dist

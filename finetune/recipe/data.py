@@ -12,7 +12,7 @@ class Images(Fields):
 
     path: Text
     """A folder of pictures, .tar shards (webdataset) by a pattern as `shards/*.tar`, a saved dataset, or a hub id."""
-    repeats: Positive = 1
+    repeats: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     """How often each picture of this source is seen in an epoch."""
     split: Text = "train"
     """Of a dataset: the split."""
@@ -53,7 +53,7 @@ class Choice(Fields):
 
     template: Text
     """A text with `{column}`s."""
-    weight: Rate = 1.0
+    weight: Annotated[float, Field(gt=0, le=1_000_000)] = 1.0
     """How often it is drawn, beside the others."""
 
 
@@ -91,6 +91,11 @@ class Caption(Fields):
     long: Literal["error", "truncate", "chunk"] = "error"
     """A caption of more than 75 tokens is an error, is cut, or is encoded in up to three pieces of 75. With T5, sd3 reads 255
     of its tokens, the CLIPs the beginning; it knows no pieces."""
+
+    @classmethod
+    def misfit(cls, name: str, value, known: dict) -> str | None:
+        if name == "trigger" and value and value.isspace():
+            return "wants a word; null is none"
 
 
 class Mask(Fields):
@@ -154,7 +159,7 @@ class Data(Fields):
     images: Annotated[Some[Images], list_of("path")]
     """Folder of pictures with captions in metadata.jsonl or in a .txt beside each picture; or a list of sources, such as
     `[{path: dog, repeats: 10}, style]`."""
-    resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 512
+    resolution: Annotated[int, Field(ge=8, le=16384, multiple_of=8)] = 512
     """Side in pixels of the square that every picture is scaled and cropped to; a multiple of 8."""
     buckets: Buckets | None = None
     """Sizes of other shapes with as many pixels, such as `{step: 64}`; null is the square alone."""

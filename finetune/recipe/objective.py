@@ -7,6 +7,7 @@ from pydantic import Field
 from finetune.recipe.words import NAMED, Fields, Fraction, Kind, Positive, Rate, registered
 
 Part = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Path(Kind):
@@ -20,9 +21,9 @@ class Path(Kind):
     """ddpm has 1000 steps of noise, rf is rectified flow, edm is Karras' preconditioned network."""
     schedule: Literal["linear", "scaled_linear", "cosine"] | None = None
     """Of ddpm: how the betas grow, scaled_linear if left out; cosine needs no beta_start and beta_end."""
-    beta_start: Fraction | None = None
+    beta_start: Beta | None = None
     """Of ddpm: the first beta, 0.00085 if left out."""
-    beta_end: Fraction | None = None
+    beta_end: Beta | None = None
     """Of ddpm: the last beta, 0.012 if left out."""
     prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
     """Of ddpm: what the network predicts, epsilon if left out; sample is the clean picture."""
@@ -37,6 +38,10 @@ class Path(Kind):
 
     @classmethod
     def misfit(cls, name: str, value, known: dict) -> str | None:
+        if name in ("beta_start", "beta_end") and known.get("schedule") == "cosine" and value != cls.own["ddpm"][name]:
+            return "cosine has no betas of its own; leave it out"
+        if name == "beta_end" and value and value < (start := known.get("beta_start") or 0):
+            return f"wants at least beta_start, which is {start:g}; given {value:g}"
         if name == "zero_snr" and value and known.get("prediction") == "epsilon":
             return "at zero SNR the picture is all noise, and epsilon teaches nothing there; take prediction: v_prediction"
 
@@ -102,6 +107,11 @@ class Noise(Fields):
     """Strength of each coarser noise beside the next finer one, about 0.3; 0 is none."""
     perturbation: Annotated[float, Field(ge=0)] = 0.0
     """Noise in the picture that the network is not asked for, about 0.1: it forgives errors of sampling."""
+
+    @classmethod
+    def misfit(cls, name: str, value, known: dict) -> str | None:
+        if name == "offset_random" and value and known.get("offset") == 0:
+            return "goes with offset, the most that is drawn, which is 0"
 
 
 class Loss(Kind):

@@ -2,9 +2,12 @@
 
 import io
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from hashlib import sha256
 
 from ruamel.yaml import YAML
 
+from finetune.artifact import weights_of
 from finetune.recipe.schema import Recipe
 
 
@@ -28,13 +31,18 @@ def training_part(recipe: Recipe) -> dict:
     """What decides the trained numbers, as plain JSON values: all but what is watched, kept and written.
 
     Where base and pictures lie and which are left out is not in it, because the run hashes the content; nor `train.threads`,
-    because what matters is how many it really used."""
-    return recipe.model_dump(mode="json", exclude={
+    because what matters is how many it really used. What a method starts from is told by its hash."""
+    part = recipe.model_dump(mode="json", exclude={
         "preview": True, "every": True, "export": True,
-        "data": {"images": True, "unreadable": True, "validation": True, "workers": True, "mask": {"source"},
-                 "inpaint": {"masks"}, "prior": {"images"}},
+        "data": {"images": True, "unreadable": True, "validation": True, "workers": True, "condition": True,
+                 "mask": {"source"}, "inpaint": {"masks"}, "prior": {"images"}},
         "base": {"path", "revision", "variant", "adapters", "denoiser", "text", "text_2", "text_3", "vae"},
         "train": {"keep_checkpoints", "keep_every", "keep_best", "patience", "max_time", "threads", "trackers"}})
+    for method in part["method"]:
+        if start := method.get("start_from"):
+            with suppress(OSError):     # whoever opens it will say so
+                method["start_from"] = sha256(weights_of(start).read_bytes()).hexdigest()
+    return part
 
 
 def difference(old: Mapping, new: Mapping) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from finetune.recipe.words import NAMED, Fields, Fraction, Kind, Many, Pair, Positive, Rate, Seed, Text, different
+from finetune.recipe.words import FLAG, NAMED, Fields, Fraction, Kind, Many, Pair, Positive, Rate, Seed, Text, different
 
 
 class Ema(Fields):
@@ -80,7 +80,7 @@ class Train(Fields):
     out, not the whole step."""
     seed: Seed = 0
     """Every random number of the run follows from it."""
-    gradient_checkpointing: Literal[False, True, "selective"] = False
+    gradient_checkpointing: Annotated[Literal[False, True, "selective"], FLAG] = False
     """Compute activations twice instead of keeping them: less memory, about a third slower. selective keeps those that are
     dear to compute: nearly as little memory, for a tenth more arithmetic."""
     compile: bool = False
@@ -104,7 +104,7 @@ class Train(Fields):
     trackers: Annotated[Many[Text], AfterValidator(different)] = ()
     """Where the log and the previews go too, as Accelerate names them: tensorboard (into trackers/ of the run), wandb,
     mlflow, …"""
-    keep_best: bool | Text = False
+    keep_best: Annotated[bool | Text, FLAG] = False
     """Also hand over the best, in adapter/best/: true is what had the least loss on held-out pictures, and the name of one of
     preview.metrics, such as dino, what was best by that."""
     patience: Positive | None = None

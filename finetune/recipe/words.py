@@ -83,6 +83,12 @@ def list_of(key: str):
     return BeforeValidator(convert)
 
 
+def _flag(value):
+    if not isinstance(value, (bool, str)) or value == "":       # Python takes 1 for true
+        raise ValueError("wants true, false or a word")
+    return value
+
+
 def _named(value):
     """What needs no numbers of its own may be written as its kind alone."""
     return {"kind": value} if isinstance(value, str) else value
@@ -97,3 +103,4 @@ Many = Annotated[tuple[T, ...], Field(strict=False)]
 Some = Annotated[Many[T], AfterValidator(_some)]
 Pair = Annotated[tuple[T, T], Field(strict=False)]
 NAMED = BeforeValidator(_named)
+FLAG = BeforeValidator(_flag)

@@ -132,8 +132,8 @@ def metadata(run: Run) -> dict[str, str]:
     replaced = {part: _name(path) for part, path in run.recipe.base.parts.items()}
     told = recipe | {"base": recipe["base"] | {"path": base, "adapters": adapters} | replaced,
                      "data": {"images": images} | named(recipe["data"])}
-    told["method"] = [method | ({"start_from": Path(method["start_from"]).name} if method.get("start_from") else {})
-                      for method in recipe["method"]]
+    told["method"] = [method | ({"start_from": Path(words.start_from).name} if method.get("start_from") else {})
+                      for method, words in zip(recipe["method"], run.recipe.method)]
     train, caption = told["train"], run.recipe.data.caption
     words = [word for word in (caption.trigger, *(token for method in run.method.methods if method.kind == "embedding"
                                                   for token in method.words.tokens)) if word]

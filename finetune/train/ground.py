@@ -25,6 +25,7 @@ from finetune.errors import FinetuneError
 from finetune.families import base as families
 from finetune.families._source import Changes
 from finetune.formats import base as formats
+from finetune.objectives._similarity import WINDOW
 from finetune.recipe import Recipe
 from finetune.recipe.data import Images
 from finetune.train import prior as prior_pictures
@@ -75,6 +76,11 @@ def load(recipe: Recipe, accelerator: Accelerator, say: Say) -> Ground:
     if recipe.data.prior:
         ground.streams.append(learn(class_pictures(recipe, ground, accelerator, say), "class"))
     encode.refuse([problem for s in ground.all for problem in encode.check_pictures(s.index, s.sizes)])
+    if recipe.objective.ssim and (least := min(int(s.sizes.min()) for s in ground.all)) < WINDOW:
+        raise FinetuneError(f"objective.ssim: compares windows of {WINDOW} pixels, and a picture is fitted to {least}; raise "
+                            "data.resolution or data.buckets.shortest, or leave it out")
+    encode.refuse([problem for s in ground.all if s.view.random_crop or recipe.objective.kind == "decode"
+                   for problem in encode.check_masks(s)])
     return ground
 
 
@@ -202,7 +208,8 @@ def stream(recipe: Recipe, stride: int, size: int, index: Index, role: Role = "l
         view = replace(view, random_crop=False, flip=False)
     order = Order(np.unique(fitted, axis=0, return_inverse=True)[1].ravel(), index.repeats, size, recipe.train.seed,
                   "order" if role == "learn" else f"{role} order")
-    return Stream(index, fitted, captions, view, order, None, weight, FIRST[role])
+    first = FIRST[role] // size * size if role == "class" else FIRST[role]      # a step's strata begin at multiples of it
+    return Stream(index, fitted, captions, view, order, None, weight, first)
 
 
 def class_pictures(recipe: Recipe, ground: Ground, accelerator: Accelerator, say: Say) -> Index:

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 from finetune.data import duplicates
 from finetune.data.duplicates import copies, crowded, links, originals, overlap
 from finetune.data.index import build
-from finetune.data.pictures import Reading, UnreadablePicture
+from finetune.data.pictures import Reading
+from finetune.errors import FinetuneError
 from finetune.recipe.data import Images
 
 DATASETS = Path(__file__).resolve().parents[2] / "datasets"
@@ -158,5 +159,5 @@ def test_an_edited_picture_is_told(tmp_path):
         scene(0).save(tmp_path / f"{n}.jpg", quality=60 + 10 * n)
     index = indexed(tmp_path)
     (tmp_path / "1.jpg").write_bytes(b"")
-    with pytest.raises(UnreadablePicture, match="1.jpg: not a readable picture"):
+    with pytest.raises(FinetuneError, match="1.jpg: has changed since"):
         copies(index, HOW)

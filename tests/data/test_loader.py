@@ -9,6 +9,7 @@ from finetune.batch import Conditioning
 from finetune.data import encode
 from finetune.data.loader import Encoded, Loader
 from finetune.diffusion import noise
+from finetune.errors import FinetuneError
 
 N = 7       # pictures in the fixture
 STRIDE = 8
@@ -94,8 +95,6 @@ def test_five_buckets_batch_four_three_epochs(tmp_path, streamed):
 
 def test_a_reader_that_fails_is_told_and_ends(pictures, streamed, tmp_path):
     import shutil
-
-    from finetune.errors import FinetuneError
 
     shutil.copytree(pictures, tmp_path / "x")
     stream = streamed(tmp_path / "x")
@@ -206,11 +205,23 @@ def test_masks_are_cut_and_mirrored_like_their_pictures(tmp_path, streamed, kind
     assert torch.equal(stream.batch({mirrored: 0}, 1.0).mask, row.flip(0).expand(1, 1, 4, 4))
 
 
-def test_a_picture_whose_mask_leaves_nothing_is_named(tmp_path, streamed):
-    from finetune.errors import FinetuneError
+@pytest.mark.parametrize("edited", ["x", "masks"])
+def test_what_is_read_in_the_loop_is_what_was_read_at_the_start(tmp_path, streamed, edited):
+    folder, masks = masked(tmp_path)
+    stream = streamed(folder, 32, masks=str(masks), mask="files")
+    stream.batch({0: 0}, 1.0)
+    Image.new("L", (32, 32), 90).save(tmp_path / edited / "0.png")
+    with pytest.raises(FinetuneError, match=f"{edited}/0.png: has changed since"):
+        stream.batch({0: 0}, 1.0)
 
+
+def test_a_picture_whose_mask_leaves_nothing_is_named(tmp_path, streamed):
     folder, masks = masked(tmp_path)
     Image.new("L", (32, 32), 0).save(masks / "0.png")
     stream = streamed(folder, 32, masks=str(masks), mask="files")
     with pytest.raises(FinetuneError, match="0.png: its mask leaves nothing"):
         encoded(stream)
+    cropped = streamed(folder, 32, masks=str(masks), mask="files", random_crop=True)        # encoded in every step
+    note, = encode.check_masks(cropped)
+    assert note.name == str(folder / "0.png") and "leaves nothing" in note.text
+    assert not encode.check_masks(streamed(folder, 32, masks=str(masks), mask="files", unmasked=0.1))

@@ -170,6 +170,25 @@ def test_a_name_is_always_printable(tmp_path):
     assert all(n.name.isprintable() for n in found.notes) and len(found.notes) == 1 and found.read(1) == picture(1, (9, 6))
 
 
+def test_files_that_are_far_too_long_are_not_read(tmp_path):
+    """Each has 50 GiB, of holes, and would fill the memory."""
+    (tmp_path / "x").mkdir()
+    folder(tmp_path / "x", **{"0.png": 0, "1.png": 1, "1.txt": "", "2.png": b"", "metadata.jsonl": ""})
+    for name in ("1.txt", "2.png", "metadata.jsonl"):
+        os.truncate(tmp_path / "x" / name, 50 * 2**30)
+    assert {n.name.rpartition("/")[2]: n.text for n in index(tmp_path / "x").notes if n.fatal} == {
+        "metadata.jsonl:1": "is a line of more than 2,097,152 bytes",
+        "1.txt": "cannot be read: 53,687,091,200 bytes are more than the 2,097,152 that are read",
+        "2.png": "not a readable picture (53,687,091,200 bytes are more than the 545,259,520 that are read); "
+                 "repair or remove it"}
+    header = tarfile.TarInfo("0.txt")
+    header.size = 50 * 2**30
+    (tmp_path / "a.tar").write_bytes(tar(tmp_path / "b.tar", ("0.png", picture())).read_bytes()[:1024] + header.tobuf())
+    os.truncate(tmp_path / "a.tar", header.size + 4096)
+    assert notes(index(tmp_path / "a.tar"), fatal=True) == [
+        f"text {tmp_path}/a.tar/0.txt: has more than 2,097,152 bytes; is it a caption?"]
+
+
 def test_a_folder_named_like_a_picture_and_a_pipe(tmp_path):
     folder(tmp_path, **{"a.png/b.png": 0})
     os.mkfifo(tmp_path / "c.png")
@@ -224,6 +243,15 @@ def test_shards(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(FinetuneError, match="a.tar/1.jpg: cannot be read any more"):
         found.read(0)
+
+
+def test_what_is_remembered_of_a_shard_has_the_names_of_its_pattern(tmp_path):
+    for folder in "xy":
+        (tmp_path / folder).mkdir()
+        tar(tmp_path / folder / "a.tar", ("1.png", picture(1)))
+    for pattern, own in (("x/*.tar", "x"), ("*/*.tar", "xy"), ("x/*.tar", "x")):
+        found = index(tmp_path / pattern)
+        assert [found.name(i) for i in range(len(found))] == [f"{tmp_path}/{folder}/a.tar/1.png" for folder in own]
 
 
 @pytest.mark.parametrize("hostile", [
@@ -289,6 +317,27 @@ def test_a_row_without_picture_is_told(table, tmp_path):
     table.add_column("other", pictures).save_to_disk(tmp_path / "saved")
     found = index(tmp_path / "saved", image="other")
     assert len(found) == 1 and len(found.notes) == 3 and "no picture in this row" in found.notes[0].text
+
+
+def test_a_row_may_name_a_file_of_its_dataset_and_no_other(tmp_path, monkeypatch):
+    """Not even by a link, and nothing that waits for a writer. Told of a stream too, whose files become bytes."""
+    own, theirs = tmp_path / "saved" / "own.png", tmp_path / "theirs.png"
+    names = [own, theirs, tmp_path / "saved" / "link.png", tmp_path / "saved" / "pipe.png", "/proc/self/environ"]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = pa.array([{"bytes": None, "path": str(name)} for name in names], kind)
+    table = datasets.Dataset(pa.table({"image": rows}))     # as a table of its own making: `datasets` puts files in
+    table.save_to_disk(tmp_path / "saved")
+    stream = table.cast_column("image", datasets.Image(decode=False)).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split, streaming: stream)
+    assert "which is no file of the hub" in refused("some/pictures", streaming=True, limit=1)
+    own.write_bytes(picture())
+    theirs.write_bytes(picture())
+    names[2].symlink_to(theirs)
+    os.mkfifo(names[3])
+    found = index(tmp_path / "saved")
+    assert [found.name(i) for i in range(len(found))] == [f"{tmp_path}/saved[0]"]
+    assert [str(name) in note.text and "no file of the dataset" in note.text for name, note in zip(names[1:], found.notes)
+            ] == [True] * 4
 
 
 def test_a_hub_id_that_cannot_be_loaded(monkeypatch):

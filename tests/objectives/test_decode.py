@@ -90,6 +90,26 @@ def test_what_the_mask_leaves_out_costs_nothing():
     assert torch.allclose(half, error, rtol=1e-5)
 
 
+def test_a_crop_without_any_of_its_mask_costs_nothing_and_its_neighbour_what_it_did():
+    found, _ = family("kl")
+    mask = torch.ones(2, 1, 8, 8)
+    objective = decode.build(**WORDS)
+    whole = objective(found, batch(mask=mask), 0).per_example
+    mask[0] = 0
+    result = objective(found, batch(mask=mask), 0)
+    assert torch.equal(result.per_example, torch.stack([torch.tensor(0.0), whole[1]]))
+    result.loss.backward()
+    assert all(p.grad.isfinite().all() for p in found.parts["vae"].decoder.parameters())
+
+
+def test_latents_are_exact_whatever_the_precision_that_the_decoder_is_trained_in():
+    found, _ = family("kl")
+    objective = decode.build(**WORDS | {"sample": False})
+    plain, _ = objective.encoded(found.parts["vae"], batch().pixels, 0, [0, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(objective.encoded(found.parts["vae"], batch().pixels, 0, [0, 1])[0], plain)
+
+
 def judged(start: int = 0):
     """A family of which a whole VAE is trained, and an objective with an adversary."""
     found, method = family("kl", True)

@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
@@ -133,6 +134,9 @@ def test_recipes_are_frozen(write):
     ("train: 5", "train: wants a mapping of max_steps, batch_size"),
     ("train: {seed: -1}", "train.seed: wants at least 0; given -1"),
     ("train: {gradient_checkpointing: yes}", "gradient_checkpointing 'yes'\n    one of: false, true, selective"),
+    ("train: {gradient_checkpointing: 1.0}", "train.gradient_checkpointing: wants true, false or a word"),
+    ("train: {keep_best: 1}", "train.keep_best: wants true, false or a word"),
+    ("train: {keep_best: ''}", "train.keep_best: wants true, false or a word"),
     ("train: {compile: yes}", "wants true or false; given 'yes'"),
     ("train: {max_steps: 5, warmup_steps: 6}",
      "train.warmup_steps: 6 is more than train.max_steps, which is 5"),
@@ -162,6 +166,11 @@ def test_one_mistake(write, line, expected):
     ("data: {images: pictures}", "", "dog.yaml:1  data: missing"),
     ("images: pictures", "images: p, resolution: 500",
      "dog.yaml:2  data.resolution: wants a multiple of 8; given 500"),
+    ("images: pictures", "images: p, resolution: 8000000000", "data.resolution: wants at most 16384; given 8000000000"),
+    ("images: pictures", "images: {path: p, repeats: 3000000000}", "data.images.0.repeats: wants at most 1e+06"),
+    ("images: pictures", "images: p, caption: {template: {template: a, weight: 1e308}}",
+     "data.caption.template.0.weight: wants at most 1e+06"),
+    ("images: pictures", "images: p, caption: {trigger: '  '}", "data.caption.trigger: wants a word"),
     ("images: pictures", "images: p, crop: centre", "unknown crop 'centre'; did you mean 'center'?"),
     ("images: pictures", "images: p, caption: {template: {text}}",
      "dog.yaml:2  data.caption.template: a text with braces needs quotes"),
@@ -304,6 +313,12 @@ def test_identity_holds_what_decides_the_numbers_and_nothing_else(write):
     for deciding in ("train.learning_rate=3e-4", "method.rank=4", "train.max_steps=3", "data.resolution=64",
                      "train.deterministic=true"):
         assert part(deciding) != part(), deciding
+    control = "method={kind: control}"
+    assert part(control, "data.condition=edges") == part(control, "data.condition=moved")
+    for name, content in (("one", b"1"), ("two", b"2"), ("moved", b"1")):
+        Path(name).write_bytes(content)
+    one, two, moved = (part(f"method.start_from={name}") for name in ("one", "two", "moved"))
+    assert one == moved and one != two and "nowhere" in str(part("method.start_from=nowhere"))
     assert difference(part(), part("train.learning_rate=3e-4", "method.rank=4")) == [
         "method.0.rank: 16 -> 4", "train.learning_rate: 0.0001 -> 0.0003"]
     assert difference({"a": 1}, {"b": 1}) == ["a: 1 -> absent", "b: absent -> 1"]

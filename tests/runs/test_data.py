@@ -9,6 +9,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from finetune.artifact import read_tensors
+from finetune.diffusion import timesteps
+from finetune.recipe import load
+from finetune.train import ground
 
 SHAPES = [(40, 40), (64, 36), (36, 64), (60, 40)]
 
@@ -114,6 +117,15 @@ def test_class_pictures_are_made_once_and_the_missing_ones_alone(everything, tra
     assert "prior     3 class pictures" in (tmp_path / "e" / "log.txt").read_text()
 
 
+@pytest.mark.parametrize("size", [3, 4, 7])
+def test_class_pictures_share_out_the_noise_levels_of_a_step_too(everything, size):
+    recipe = load(everything).recipe
+    stream = ground.stream(recipe, 8, size, ground.found(recipe, "learn", print, True), "class")
+    for step in range(5):
+        drawn = timesteps.draw(0, [stream.first + step * size + slot for slot in range(size)], size)
+        assert sorted((drawn * size).int().tolist()) == [*range(size)]
+
+
 def test_an_edited_picture_is_another_run(everything, train, tmp_path, capsys):
     assert train(everything, tmp_path / "run", "--set", "train.max_steps=1") == 0
     Image.new("RGB", (40, 40), "black").save(tmp_path / "red" / "r0.png")
@@ -121,5 +133,9 @@ def test_an_edited_picture_is_another_run(everything, train, tmp_path, capsys):
     assert "data:" in capsys.readouterr().err
 
 
-def test_random_crops_of_buckets_with_their_masks(everything, train, tmp_path):
+def test_random_crops_of_buckets_with_their_masks(everything, train, tmp_path, capsys):
     assert train(everything, tmp_path / "run", "--set", "data.crop=random", "--set", "train.max_steps=2") == 0
+    Image.new("L", Image.open(tmp_path / "masks" / "r0.png").size).save(tmp_path / "masks" / "r0.png")
+    options = ["--set", "data.crop=random", "--set", "data.mask.unmasked_weight=0"]
+    assert train(everything, tmp_path / "other", *options) == 2
+    assert "r0.png: its mask leaves nothing to train" in capsys.readouterr().err

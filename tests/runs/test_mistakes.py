@@ -91,6 +91,11 @@ def test_a_resolution_that_the_vae_cannot_have(refused):
     refused("data.resolution", data__resolution=33)
 
 
+def test_pictures_smaller_than_a_window(refused):
+    refused("objective.ssim: compares windows of 11 pixels, and a picture is fitted to 8", data__resolution=8,
+            method="{kind: vae_decoder}", objective="{ssim: 0.5}")
+
+
 def test_no_room_on_the_disk(recipe, train, tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
