@@ -51,8 +51,8 @@ def run(args) -> int:
             saving = "\n".join(levers(plan(args.recipe, args.overrides, device.memory_bytes())))
             raise FinetuneError(f"{e}\nwhat needs less memory, beside a smaller data.resolution:\n{saving}") from None
         except OSError as e:
-            raise FinetuneError(f"{e.filename or folder.root}: {e.strerror or e}; the checkpoints that are there stay, and the "
-                                "same command continues from the newest") from None
+            raise FinetuneError(f"{e.filename or folder.root}: {e.strerror or e}; the checkpoints that are there stay, and "
+                                "the same command continues from the newest") from None
 
 
 def _train(loaded, args, folder, deadline: float) -> int:

@@ -134,8 +134,8 @@ def check_widths(source: Source | Altered, spec: FamilySpec) -> None:
         if known and sum(widths) != denoiser[wanted]:
             word = next((part for part in (*parts, "denoiser") if part in source.changes.parts), "path")
             path = source.changes.parts.get(word, source.path)
-            raise FinetuneError(f"base.{word}: {path}: {field} of {' + '.join(parts)} is {' + '.join(map(str, widths))}, and the "
-                                f"denoiser's {wanted} {denoiser[wanted]}: they are of different models")
+            raise FinetuneError(f"base.{word}: {path}: {field} of {' + '.join(parts)} is {' + '.join(map(str, widths))}, and "
+                                f"the denoiser's {wanted} {denoiser[wanted]}: they are of different models")
 
 
 def _changed(source: Source | _single.SingleFile, spec: FamilySpec, changes: Changes) -> Altered:

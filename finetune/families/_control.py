@@ -53,7 +53,8 @@ def added(family, branches: list[tuple[Mapping[str, Tensor], float]]) -> Iterato
     for tensors, strength in branches:
         unet = family.parts["denoiser"]
         made, like = empty(unet, tensors), next(p for p in unet.parameters() if p.is_floating_point())
-        made.load_state_dict({name.removeprefix("control."): t.to(like, copy=True) for name, t in tensors.items()}, assign=True)
+        own = {name.removeprefix("control."): t.to(like, copy=True) for name, t in tensors.items()}
+        made.load_state_dict(own, assign=True)
         scale(made, strength)
         family.parts["control"] = made
     try:

@@ -25,7 +25,8 @@ LAYOUTS: dict[str, dict[str, Place]] = {
 }
 # A tensor that every part of this kind has.
 SIGNS = {
-    "unet": "input_blocks.0.0.weight", "mmdit": "joint_blocks.0.x_block.attn.qkv.weight", "vae": "decoder.up.0.block.0.conv1.weight",
+    "unet": "input_blocks.0.0.weight", "mmdit": "joint_blocks.0.x_block.attn.qkv.weight",
+    "vae": "decoder.up.0.block.0.conv1.weight",
     "clip": "text_model.embeddings.token_embedding.weight", "unprojected_clip": "text_model.embeddings.token_embedding.weight",
     "flat_clip": "embeddings.token_embedding.weight", "open_clip": "token_embedding.weight",
     "t5": "encoder.block.0.layer.0.SelfAttention.q.weight", "diffusers_vae": "decoder.up_blocks.0.resnets.0.conv1.weight",

@@ -139,7 +139,8 @@ def _vae(names: list[str]) -> Placed:
 
 
 MMDIT = {
-    "pos_embed.pos_embed": "pos_embed", "pos_embed.proj.": "x_embedder.proj.", "norm_out.linear.": "final_layer.adaLN_modulation.1.",
+    "pos_embed.pos_embed": "pos_embed", "pos_embed.proj.": "x_embedder.proj.",
+    "norm_out.linear.": "final_layer.adaLN_modulation.1.",
     "time_text_embed.timestep_embedder.linear_1.": "t_embedder.mlp.0.", "proj_out.": "final_layer.linear.",
     "time_text_embed.timestep_embedder.linear_2.": "t_embedder.mlp.2.",
     "time_text_embed.text_embedder.linear_1.": "y_embedder.mlp.0.",
@@ -195,7 +196,8 @@ OPEN_LAYER = {"layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.", "mlp.fc1.": "mlp
 def _open_clip(names: list[str]) -> Placed:
     for name in names:
         layer = re.match(r"text_model\.encoder\.layers\.(\d+)\.", name)
-        theirs = f"transformer.resblocks.{layer[1]}.{_start(name[layer.end():], OPEN_LAYER)}" if layer else _start(name, OPEN_CLIP)
+        theirs = f"transformer.resblocks.{layer[1]}.{_start(name[layer.end():], OPEN_LAYER)}" if layer else \
+            _start(name, OPEN_CLIP)
         how = "fused" if ".in_proj_" in theirs else "transposed" if theirs == "text_projection" else "same"
         yield name, theirs, how
 

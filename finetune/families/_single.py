@@ -52,7 +52,8 @@ class SingleFile:
     def index(self) -> dict:
         """model_index.json, without what the pipeline can do without and this file does not have: T5, or its vocabulary."""
         absent = {c: [None, None] for c in ("text_encoder_3", "tokenizer_3")
-                  if c in self.configs["model_index"] and ("text_encoder_3" not in self.known.places or "tokenizer_3" not in self.configs)}
+                  if c in self.configs["model_index"]
+                  and ("text_encoder_3" not in self.known.places or "tokenizer_3" not in self.configs)}
         return self.configs["model_index"] | absent
 
     def has(self, component: str) -> bool:
@@ -132,7 +133,8 @@ def _measured(path: str, known: Known) -> dict:
         raise FinetuneError(f"it lacks {name}: it is cut or no whole Stable Diffusion 2") from None
     v = spread > 0.09
     return {"name": "sd21" if v else "sd21-base", "prediction": "v_prediction" if v else "epsilon",
-            "notes": (*known.notes, f"the file does not say what it predicts; {'v' if v else 'the noise'}, by the spread of a norm")}
+            "notes": (*known.notes, "the file does not say what it predicts; "
+                      f"{'v' if v else 'the noise'}, by the spread of a norm")}
 
 
 def load(path: str, place: Place, cls: type, config: dict, dtype: torch.dtype) -> nn.Module:
@@ -203,8 +205,8 @@ def check(header: Header, place: Place, table: list[_original.Row], shapes: Mapp
                and not (droppable and droppable.search(name))]
     if other:
         first = next((name for name in other if name.endswith("conv_in.weight")), other[0])
-        raise FinetuneError(f"{len(other)} of {len(wanted)} tensors of its {kind} have other shapes than this model's, for example "
-                            f"{prefix}{first}: {found[first]}, and {wanted[first]} is needed; it is of another model")
+        raise FinetuneError(f"{len(other)} of {len(wanted)} tensors of its {kind} have other shapes than this model's, for "
+                            f"example {prefix}{first}: {found[first]}, and {wanted[first]} is needed; it is of another model")
     if missing:
         raise FinetuneError(f"its {kind} lacks {len(missing)} of {len(wanted)} tensors, for example {prefix}{missing[0]}; "
                             "it is pruned too far, or of another model")
@@ -244,7 +246,7 @@ def folder_of(path: Path, component: str) -> Path | None:
 
 
 def _same_scale(path: Path, own: dict, config: dict) -> None:
-    for key, usual in (("scaling_factor", 0.18215), ("shift_factor", None)):      # what diffusers takes where a config is silent
+    for key, usual in (("scaling_factor", 0.18215), ("shift_factor", None)):  # diffusers', where a config is silent
         if (mine := own.get(key, usual)) != (base := config.get(key, usual)):
             raise FinetuneError(f"{path}: its {key} is {mine}, and the base's is {base}: it is of another family")
 

@@ -19,7 +19,8 @@ from torch import nn
 from finetune.errors import FinetuneError
 
 TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
-# What the libraries raise for files that are not as they should be, and what a config may say of attention: the rest is fetched.
+# What the libraries raise for files that are not as they should be, and what a config may say of attention: all else is
+# fetched.
 UNUSABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ImportError,
             SafetensorError, StrictDataclassError)
 OWN_ATTENTION = (None, "eager", "sdpa")
@@ -88,7 +89,7 @@ class Source:
 
         try:
             kind = str((self.index.get(component) or ["", ""])[1])
-            cls = transformers.T5Tokenizer if kind.startswith("T5") else transformers.CLIPTokenizer     # never a class of a file's
+            cls = transformers.T5Tokenizer if kind.startswith("T5") else transformers.CLIPTokenizer     # no class of a file's
             found = cls.from_pretrained(self.path, subfolder=component, revision=self.revision)
         except UNUSABLE as e:
             raise FinetuneError(f"base.path: {self.path}: its {component} cannot be loaded\n    {e}") from None
@@ -145,10 +146,11 @@ def json_object(path: str, file: str, revision: str | None) -> dict:
 def _without_code(fields: dict) -> dict:
     for key in ("attn_implementation", "_attn_implementation"):
         if fields.get(key) not in OWN_ATTENTION:
-            raise ValueError(f"its {key} {fields[key]!r} is code from elsewhere, which transformers would fetch and run; take it out")
+            raise ValueError(f"its {key} {fields[key]!r} is code from elsewhere, which transformers would fetch and run; "
+                             "take it out")
     if fields.get("quantization_config") is not None:
-        raise ValueError("its quantization_config chooses whose code unpacks the weights, and that would be fetched or imported; "
-                         "take a base that is not quantized, and base.quantize for few bits")
+        raise ValueError("its quantization_config chooses whose code unpacks the weights, and that would be fetched or "
+                         "imported; take a base that is not quantized, and base.quantize for few bits")
     return fields
 
 

@@ -40,7 +40,8 @@ class Denoise:
         if batch.beside is not None:
             conditioning = replace(conditioning, **family.beside(batch.beside, seed, positions))
         fraction = self.law(laws.draw(seed, positions, self.strata))
-        t = path.time(fraction, torch.full((len(x0),), x0[0, 0].numel() * family.stride ** 2))   # on the CPU, as all of the path
+        pixels = torch.full((len(x0),), x0[0, 0].numel() * family.stride ** 2)
+        t = path.time(fraction, pixels)     # on the CPU, as all of the path
         snr, conversion = paths.snr(path, t), paths.conversion(path, t)
         epsilon = self.epsilon.draw(x0.shape[1:], seed, positions)
         # What the CPU has to say comes before the forward: a copy waits for what a GPU was given before it.

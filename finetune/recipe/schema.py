@@ -187,8 +187,8 @@ class Recipe(Fields):
             return "compile: is of the denoiser, which vae_decoder does not run; leave it out"
         base, whole = known.get("base"), {"full", "control", "vae_decoder"} & set(_kinds(known))
         if train.mixed_precision == "fp16" and base and base.dtype == "bfloat16" and whole:
-            return (f"mixed_precision: fp16 scales gradients, which weights in base.dtype: bfloat16, as {whole.pop()} trains them, "
-                    "do not allow; bf16 or 'no' does")
+            return (f"mixed_precision: fp16 scales gradients, which weights in base.dtype: bfloat16, as {whole.pop()} trains "
+                    "them, do not allow; bf16 or 'no' does")
         if train.gradient_release and "data" in known and known["data"].prior:
             return ("gradient_release: data.prior adds a batch to each step, and there is no gradient to add up with; leave "
                     "one of the two out")

@@ -27,7 +27,8 @@ def released(optimizer: Optimizer, step: Callable[[Tensor], None]) -> Iterator[l
 
         return let_go
 
-    hooks = [trained(held).register_post_accumulate_grad_hook(hook(group, held)) for group in groups for held in group["params"]]
+    hooks = [trained(held).register_post_accumulate_grad_hook(hook(group, held))
+             for group in groups for held in group["params"]]
     for group in groups:
         group["params"] = []
     try:

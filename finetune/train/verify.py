@@ -4,8 +4,9 @@ The probe is one call of the denoiser at a fixed latent, text and timestep. `exp
 strength 0.5 and 1: from the training model at the end of `train`, from our own merge in `finetune verify`. A LoRA is loaded
 by diffusers; what diffusers does not load, other kinds and SD 3's original names, is merged by ourselves and held against the
 training model.
-Of a control branch, which diffusers loads too, the probe is shown a condition. Of a VAE it is a picture drawn from a fixed latent, and a whole model is loaded again as a base. Of a learned token it
-is what the text encoder makes of prompts with it; diffusers loads the file into an encoder that never saw the token.
+Of a control branch, which diffusers loads too, the probe is shown a condition. Of a VAE it is a picture drawn from a fixed
+latent, and a whole model is loaded again as a base. Of a learned token it is what the text encoder makes of prompts with it;
+diffusers loads the file into an encoder that never saw the token.
 """
 
 import copy
