@@ -108,8 +108,9 @@ def drawn(base, steps: int, batch_size: int, accumulation: int, processes: int, 
         return noisy
 
     found, seen = {}, []
-    family = SimpleNamespace(path=base.family.path, latents=base.family.latents, encode_text=lambda captions: None,
-                             denoise=denoise, moments=lambda pixels: avg_pool2d(pixels, 2).repeat(1, 3, 1, 1)[:, :8])
+    family = SimpleNamespace(path=base.family.path, stride=base.family.stride, latents=base.family.latents,
+                             encode_text=lambda captions: None, denoise=denoise,
+                             moments=lambda pixels: avg_pool2d(pixels, 2).repeat(1, 3, 1, 1)[:, :8])
     for process in range(processes):
         for batches in Loader(base.streams, batch_size, accumulation, process, processes, workers).run(range(steps)):
             for batch in (batch for batch in batches if batch.share):       # 0: it only takes part
