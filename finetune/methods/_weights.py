@@ -33,8 +33,9 @@ class Weights:
             return
         trained = stored(self.parameters)
         try:
-            restore(self.parameters, {name: torch.lerp(self.base[name].float(), t.float(), strength)
-                                      for name, t in trained.items()})
+            with torch.no_grad():
+                for name, p in self.parameters.items():     # one by one: in float32 they are twice a model of bfloat16
+                    p.copy_(torch.lerp(self.base[name].float(), trained[name].float(), strength))
             yield
         finally:
             restore(self.parameters, trained)
