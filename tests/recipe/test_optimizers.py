@@ -109,3 +109,8 @@ def test_released_gradients_are_of_one_batch(recipe):
 def test_weights_in_bfloat16_are_not_trained_with_scaled_gradients(recipe):
     with pytest.raises(FinetuneError, match="mixed_precision: fp16 scales gradients, which weights in base.dtype: bfloat16"):
         recipe("{mixed_precision: fp16}", "method.kind=full", "base.dtype=bfloat16")
+
+
+def test_what_is_compiled_is_not_selective(recipe):
+    with pytest.raises(FinetuneError, match="compile: is not proven to train the same with gradient_checkpointing: selective"):
+        recipe("{compile: true, gradient_checkpointing: selective}")
