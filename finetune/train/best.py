@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from finetune import registry
-from finetune.artifact import read_header, read_tensors, write_safetensors
+from finetune.artifact import read_tensors, write_safetensors
 from finetune.errors import FinetuneError
+from finetune.header import read_header
 from finetune.recipe import Recipe
 from finetune.runfolder import RunFolder
 from finetune.train.setup import Run
